@@ -1,1 +1,12 @@
-//! Placeholder.
+//! The standalone message service of Handfast.
+//!
+//! In reading order: [`message`] (what may become of a message; pure) · [`topology`] ·
+//! [`store`] (port) · [`producer`] (port: what became of it?) · [`broker`] (how deliveries
+//! reach consumers) · [`service`] (the verbs) · [`checker`], [`recovery`], [`retention`] (the
+//! passes) · [`api`] (gRPC) · [`config`] · [`serve`] (wiring).
+
+pub mod answered;
+pub mod clock;
+pub mod message;
+pub mod store;
+pub mod topology;

@@ -1,0 +1,119 @@
+//! How far each subscription has come: the mark "answered through".
+//!
+//! Overdue is not lost. A delivery counts as lost only when its subscription has passed it
+//! by, that is, when something sent to the same queue well after it was answered. The answer
+//! carries the time of its send back, so the mark costs no read. It lives in memory: a
+//! restart only makes the service more patient.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::message::Timestamp;
+
+/// The marks of all subscriptions.
+#[derive(Debug, Default)]
+pub struct Answered {
+    marks: Mutex<HashMap<String, Mark>>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Mark {
+    /// The latest send that was answered.
+    through: Option<Timestamp>,
+    /// Answers that arrived and are not durable yet.
+    waiting: usize,
+}
+
+/// Answers on their way to the store; while it lives, nothing of its subscription is resent.
+#[derive(Debug)]
+pub struct Waiting<'a> {
+    answered: &'a Answered,
+    subscription: String,
+}
+
+impl Answered {
+    /// Answers arrived and are about to be written.
+    pub fn arrive(&self, subscription: &str) -> Waiting<'_> {
+        self.lock()
+            .entry(subscription.to_owned())
+            .or_default()
+            .waiting += 1;
+        Waiting {
+            answered: self,
+            subscription: subscription.to_owned(),
+        }
+    }
+
+    /// The latest send of this subscription that was answered; `None` before the first
+    /// answer, and while answers wait to be written.
+    pub fn through(&self, subscription: &str) -> Option<Timestamp> {
+        let mark = self.lock().get(subscription).copied().unwrap_or_default();
+        mark.through.filter(|_| mark.waiting == 0)
+    }
+
+    /// True while answers of this subscription wait to be written.
+    pub fn is_waiting(&self, subscription: &str) -> bool {
+        self.lock()
+            .get(subscription)
+            .is_some_and(|mark| mark.waiting > 0)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Mark>> {
+        // A panic while the lock is held leaves plain numbers, which are never half-written.
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiting<'_> {
+    /// The answers are durable; `sent_at` is the latest send among them. A time after `now`
+    /// is no evidence of anything and is cut.
+    pub fn recorded(self, sent_at: Option<Timestamp>, now: Timestamp) {
+        if let Some(mark) = self.answered.lock().get_mut(&self.subscription) {
+            mark.through = mark.through.max(sent_at.map(|at| at.min(now)));
+        }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(mark) = self.answered.lock().get_mut(&self.subscription) {
+            mark.waiting = mark.waiting.saturating_sub(1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T: fn(i64) -> Timestamp = Timestamp::from_micros;
+
+    #[test]
+    fn the_mark_only_goes_forward() {
+        let answered = Answered::default();
+        assert_eq!(answered.through("accounting"), None);
+        answered.arrive("accounting").recorded(Some(T(5)), T(10));
+        answered.arrive("accounting").recorded(Some(T(3)), T(10));
+        answered.arrive("accounting").recorded(None, T(10));
+        assert_eq!(answered.through("accounting"), Some(T(5)));
+        assert_eq!(answered.through("points"), None);
+    }
+
+    #[test]
+    fn a_send_from_the_future_is_cut_to_now() {
+        let answered = Answered::default();
+        answered.arrive("accounting").recorded(Some(T(99)), T(10));
+        assert_eq!(answered.through("accounting"), Some(T(10)));
+    }
+
+    #[test]
+    fn nothing_is_passed_by_while_answers_wait() {
+        let answered = Answered::default();
+        answered.arrive("accounting").recorded(Some(T(5)), T(10));
+        let waiting = answered.arrive("accounting");
+        assert_eq!(answered.through("accounting"), None);
+        assert!(answered.is_waiting("accounting"));
+        drop(waiting);
+        assert_eq!(answered.through("accounting"), Some(T(5)));
+    }
+}

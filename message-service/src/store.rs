@@ -1,0 +1,606 @@
+//! The port to the store: durable messages and deliveries.
+//!
+//! One method per promise, and every method is durable when it returns, so no caller can hold
+//! a connection or forget to commit. Every method takes a list, because a commit costs the
+//! same for one row as for five hundred; an implementation joins the lists of callers that
+//! wait at the same time. Futures may be dropped at any moment: the work then goes on and is
+//! done or not done as a whole.
+//!
+//! `conformance` is the one list of claims that every implementation has to pass.
+
+pub mod sqlite;
+
+#[cfg(test)]
+mod conformance;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use uuid::Uuid;
+
+use crate::message::{
+    Answer, DeliveryState, MessageEvent, MessageId, MessageState, NewMessage, Timestamp, WrongState,
+};
+use crate::topology::Topology;
+
+/// Why the store could not do what was asked. Nothing was half-done: an operation that
+/// failed is not visible, except that a commit of unknown outcome may turn out to be durable,
+/// which every caller heals by repeating.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database cannot write or answer now: full, locked, read-only, gone. Worth a retry.
+    #[error("cannot {doing}: the store is unavailable: {source}")]
+    Unavailable {
+        /// What was attempted.
+        doing: &'static str,
+        /// What the database said.
+        source: sqlx::Error,
+    },
+    /// The store is stopping, or its queue is full. Worth a retry.
+    #[error("cannot {doing}: the store {why}")]
+    Busy {
+        /// What was attempted.
+        doing: &'static str,
+        /// `is stopping` or `has too much to do`.
+        why: &'static str,
+    },
+    /// A row does not say what this program expects. A retry will not help.
+    #[error("cannot {doing}: {what}")]
+    Inconsistent {
+        /// What was attempted.
+        doing: &'static str,
+        /// Table, row and column.
+        what: String,
+    },
+    /// The topology's version was used for another content.
+    #[error(
+        "topology_version {version} is in force with other content; \
+         raise topology_version to apply the changed one"
+    )]
+    TopologyVersionReused {
+        /// The version that both carry.
+        version: u64,
+    },
+    /// The topology would strand messages.
+    #[error(
+        "producer `{producer}` has {prepared} PREPARED messages and cannot be removed; \
+         keep it in the topology until they are decided"
+    )]
+    ProducerHasPrepared {
+        /// Who.
+        producer: String,
+        /// How many of its messages are undecided.
+        prepared: u64,
+    },
+}
+
+/// How an item of a list was refused. The other items are not touched.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The caller has no message with this id.
+    #[error("there is no message {0}")]
+    NoSuchMessage(MessageId),
+    /// The id belongs to another producer's message; nothing is said about it.
+    #[error("the id {0} is in use")]
+    IdTaken(MessageId),
+    /// The id was used for other content.
+    #[error("message {id} was handed over with other content and is {state}")]
+    OtherContent {
+        /// The id that was used twice.
+        id: MessageId,
+        /// What the stored message is.
+        state: MessageState,
+    },
+    /// The key is held by a message that is not CANCELLED.
+    #[error("the key is held by message {holder}, which is {state}")]
+    KeyHeld {
+        /// Who holds it.
+        holder: MessageId,
+        /// What the holder is.
+        state: MessageState,
+    },
+    /// The message's state does not allow it.
+    #[error("{wrong}: message {id}")]
+    WrongState {
+        /// Which message.
+        id: MessageId,
+        /// What was asked of which state.
+        wrong: WrongState,
+    },
+}
+
+/// What became of one item.
+pub type ItemResult = Result<MessageState, Refusal>;
+
+/// What a write of messages did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// One per item, in order.
+    pub items: Vec<ItemResult>,
+    /// Topics that now have deliveries that were not there before.
+    pub topics: BTreeSet<String>,
+}
+
+/// Who decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecidedBy {
+    /// The producer's own confirm, cancel or publish.
+    Producer,
+    /// A verdict.
+    Check,
+    /// A person.
+    Operator,
+}
+
+/// A confirm or a cancel of the producer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Which message.
+    pub id: MessageId,
+    /// [`MessageEvent::Confirm`] or [`MessageEvent::Cancel`].
+    pub event: MessageEvent,
+}
+
+/// What applying a topology did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// It is in force now.
+    Changed,
+    /// It was in force already.
+    Unchanged,
+    /// The store has a newer one, which stays.
+    Older {
+        /// The version in force.
+        in_force: u64,
+    },
+}
+
+/// A message that is leased to be checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckClaim {
+    /// Which message.
+    pub id: MessageId,
+    /// The lease; settling repeats it.
+    pub token: Uuid,
+    /// What the producer is told about it.
+    pub topic: String,
+    /// The producer's identity of the fact.
+    pub key: Option<String>,
+    /// The fence identity that prepare carried.
+    pub fence: Option<Uuid>,
+    /// When it was prepared.
+    pub prepared_at: Timestamp,
+    /// Answered checks so far.
+    pub checks: u32,
+}
+
+/// What became of one check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckResult {
+    /// The transaction committed: confirm.
+    Committed,
+    /// The transaction rolled back: cancel.
+    RolledBack,
+    /// Answered, but no verdict: counts, and is asked again by the schedule.
+    Undecided {
+        /// IN_PROGRESS rather than UNKNOWN.
+        in_progress: bool,
+    },
+    /// Not answered: does not count, and is due again after this long.
+    Unanswered {
+        /// From now.
+        retry_after: Duration,
+    },
+}
+
+/// A delivery that is leased to be sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeliveryClaim {
+    /// Which message.
+    pub id: MessageId,
+    /// The number of this send.
+    pub generation: u32,
+    /// The lease; settling repeats it.
+    pub token: Uuid,
+    /// Who produced it.
+    pub producer: String,
+    /// What about.
+    pub topic: String,
+    /// The producer's identity of the fact.
+    pub key: Option<String>,
+    /// What the payload is.
+    pub content_type: String,
+    /// Name and value, in the producer's order.
+    pub headers: Vec<(String, String)>,
+    /// The fact.
+    pub payload: Vec<u8>,
+    /// The time of this send: the claim's.
+    pub sent_at: Timestamp,
+    /// The time of the first send.
+    pub first_sent_at: Timestamp,
+}
+
+/// What a claim of deliveries found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Claimed {
+    /// Oldest due first.
+    pub deliveries: Vec<DeliveryClaim>,
+    /// Something is due that has to be sent alone.
+    pub alone_waits: bool,
+    /// How long until the next delivery is due, if one is known and nothing more is due now.
+    pub next_due_in: Option<Duration>,
+}
+
+/// Which deliveries a claim takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// What never came back unanswered, this many at most, and at most this many bytes of
+    /// bodies, but at least one.
+    Normal {
+        /// Rows.
+        limit: usize,
+        /// Bytes of payload and headers.
+        max_bytes: usize,
+    },
+    /// One delivery that came back unanswered.
+    Alone,
+}
+
+/// A send that happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sent {
+    /// Which message.
+    pub id: MessageId,
+    /// The lease.
+    pub token: Uuid,
+}
+
+/// A delivery whose stream ended before its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Returned {
+    /// Which message.
+    pub id: MessageId,
+    /// The send that the stream held.
+    pub generation: u32,
+}
+
+/// What became of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnswerOutcome {
+    /// Written, or written before.
+    Recorded,
+    /// Of an earlier send or for a finished delivery: nothing changed.
+    Stale,
+    /// Final: the consumer drops it.
+    NoSuchDelivery,
+}
+
+/// A delivery whose answer is overdue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overdue {
+    /// Which message.
+    pub id: MessageId,
+    /// The last send.
+    pub generation: u32,
+    /// When that was.
+    pub sent_at: Timestamp,
+    /// Since when its silence may be looked at.
+    pub due_at: Timestamp,
+}
+
+/// What the recovery pass decided about an overdue delivery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OverdueDecision {
+    /// Its subscription passed it by: an attempt.
+    PassedBy,
+    /// It may still be in the queue: look again after this long.
+    Wait(Duration),
+}
+
+/// What one slice of retention did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retired {
+    /// Messages that were removed with their deliveries and events.
+    pub messages: u64,
+    /// Bodies that were copied to the newest bucket, because their messages are unfinished.
+    pub moved: u64,
+    /// Body buckets that were dropped.
+    pub buckets: u64,
+    /// Whether another slice has something to do.
+    pub more: bool,
+}
+
+/// A message as people see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MessageView {
+    /// Which message.
+    pub id: MessageId,
+    /// Whose.
+    pub producer: String,
+    /// What about.
+    pub topic: String,
+    /// The producer's identity of the fact.
+    pub key: Option<String>,
+    /// Where it is in its life.
+    pub state: MessageState,
+    /// Who decided it.
+    pub decided_by: Option<DecidedBy>,
+    /// When it was prepared or published.
+    pub prepared_at: Timestamp,
+    /// When it was decided.
+    pub decided_at: Option<Timestamp>,
+    /// Answered checks.
+    pub checks: u32,
+    /// When it is checked next.
+    pub check_at: Option<Timestamp>,
+    /// Many checks and no verdict.
+    pub unresolved: bool,
+    /// A decision was contradicted.
+    pub conflict: bool,
+    /// Confirmed without an active subscription.
+    pub unsubscribed: bool,
+}
+
+/// A delivery as people see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeliveryView {
+    /// Which message.
+    pub id: MessageId,
+    /// For whom.
+    pub subscription: String,
+    /// Where it is in its life.
+    pub state: DeliveryState,
+    /// Counted attempts.
+    pub attempts: u32,
+    /// The last send.
+    pub generation: u32,
+    /// When it is sent or looked at next.
+    pub due_at: Option<Timestamp>,
+    /// The first send.
+    pub first_sent_at: Option<Timestamp>,
+    /// The last send.
+    pub sent_at: Option<Timestamp>,
+    /// The answer that ended it.
+    pub answered_at: Option<Timestamp>,
+    /// The last reason.
+    pub last_error: Option<String>,
+}
+
+/// A line of a timeline that columns do not tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EventView {
+    /// When.
+    pub at: Timestamp,
+    /// One word of the API's list.
+    pub kind: String,
+    /// For whom, if it concerns one delivery.
+    pub subscription: Option<String>,
+    /// For people.
+    pub detail: String,
+}
+
+/// Everything about one message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// The message.
+    pub message: MessageView,
+    /// Its deliveries by subscription.
+    pub deliveries: Vec<DeliveryView>,
+    /// Its rare events by time.
+    pub events: Vec<EventView>,
+    /// Headers and payload, if they were asked for.
+    pub body: Option<(Vec<(String, String)>, Vec<u8>)>,
+}
+
+/// How many of what.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// PREPARED messages.
+    pub prepared: u64,
+    /// CONFIRMED messages.
+    pub confirmed: u64,
+    /// CANCELLED messages.
+    pub cancelled: u64,
+    /// Messages with many checks and no verdict.
+    pub unresolved: u64,
+    /// Messages whose decision was contradicted.
+    pub conflict: u64,
+    /// Messages confirmed without an active subscription.
+    pub unsubscribed: u64,
+    /// Rows in a state that this version does not know.
+    pub unknown: u64,
+    /// By name.
+    pub subscriptions: Vec<SubscriptionCounts>,
+    /// PREPARED messages by producer.
+    pub producers: Vec<(String, u64)>,
+}
+
+/// How many deliveries of one subscription are open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SubscriptionCounts {
+    /// Which.
+    pub name: String,
+    /// On which topic.
+    pub topic: String,
+    /// Whether it gets what is confirmed now.
+    pub active: bool,
+    /// Waiting.
+    pub pending: u64,
+    /// Sent, unanswered.
+    pub sent: u64,
+    /// For a person.
+    pub dead: u64,
+    /// When the oldest PENDING or SENT one was confirmed.
+    pub oldest_open_at: Option<Timestamp>,
+}
+
+/// Which messages a list shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MessageFilter {
+    /// In this state.
+    State(MessageState),
+    /// With this mark, whatever the state.
+    Unresolved,
+    /// With this mark, whatever the state.
+    Conflict,
+    /// With this mark, whatever the state.
+    Unsubscribed,
+}
+
+/// Where a page of deliveries begins: after this one.
+pub type DeliveryCursor = (String, MessageId);
+
+/// The port. See the module's text for what all methods have in common.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// The time by the clock that decides.
+    fn now(&self) -> Timestamp;
+
+    /// Puts a topology in force as a whole, unless it is older than the one that is. A
+    /// subscription that is no longer in it is made inactive first, and then its open
+    /// deliveries are SKIPPED with the reason.
+    async fn apply_topology(&self, topology: Topology) -> Result<Applied, Error>;
+
+    /// The topology in force: only what is active. Version 0 and empty before the first.
+    async fn topology(&self) -> Result<Topology, Error>;
+
+    /// Keeps messages, PREPARED. The first check is due `check_after` later. A repeat with the
+    /// same content is OK while the message is PREPARED. A PREPARED holder of a contested key
+    /// is due to be checked at once.
+    async fn prepare(
+        &self,
+        messages: Vec<NewMessage>,
+        check_after: Duration,
+    ) -> Result<Written, Error>;
+
+    /// Keeps messages, CONFIRMED, with their deliveries, in the same write.
+    async fn publish(&self, messages: Vec<NewMessage>) -> Result<Written, Error>;
+
+    /// Confirms or cancels messages of this producer. Confirming creates one delivery per
+    /// active subscription in the same statement. A contradiction marks CONFLICT.
+    async fn decide(&self, producer: &str, decisions: Vec<Decision>) -> Result<Written, Error>;
+
+    /// The messages of this producer with these ids and their deliveries, in order; `None`
+    /// where there is none.
+    async fn get(
+        &self,
+        producer: &str,
+        ids: Vec<MessageId>,
+    ) -> Result<Vec<Option<(MessageView, Vec<DeliveryView>)>>, Error>;
+
+    /// How many messages of this producer are PREPARED, counted up to `most`.
+    async fn undecided(&self, producer: &str, most: u64) -> Result<u64, Error>;
+
+    /// Leases messages of this producer whose check is due, oldest first. The lease saves
+    /// work; it is not needed for correctness, because a decision is final whoever brings it.
+    async fn claim_checks(
+        &self,
+        producer: &str,
+        limit: usize,
+        lease: Duration,
+    ) -> Result<Vec<CheckClaim>, Error>;
+
+    /// Writes what checks brought. A claim whose lease was lost changes nothing. Returns the
+    /// topics that have new deliveries, and how many results were written.
+    async fn settle_checks(
+        &self,
+        producer: &str,
+        check_after: Duration,
+        results: Vec<(CheckClaim, CheckResult)>,
+    ) -> Result<(BTreeSet<String>, usize), Error>;
+
+    /// Makes the next check of this message due now, unless one is in flight. False if the
+    /// message is not PREPARED.
+    async fn check_now(&self, id: MessageId) -> Result<bool, Error>;
+
+    /// Leases due deliveries of this subscription, oldest first, and gives each its next
+    /// generation.
+    async fn claim_deliveries(
+        &self,
+        subscription: &str,
+        lane: Lane,
+        lease: Duration,
+    ) -> Result<Claimed, Error>;
+
+    /// Marks leased deliveries SENT; their silence is looked at `resend_after` later. What was
+    /// answered meanwhile, or whose lease was lost, stays as it is.
+    async fn mark_sent(
+        &self,
+        subscription: &str,
+        sent: Vec<Sent>,
+        resend_after: Duration,
+    ) -> Result<usize, Error>;
+
+    /// Renews the leases of deliveries that are not SENT yet.
+    async fn renew(
+        &self,
+        subscription: &str,
+        sent: Vec<Sent>,
+        lease: Duration,
+    ) -> Result<usize, Error>;
+
+    /// Takes back what an ended stream held. `counts` is false if the service ended it.
+    async fn return_deliveries(
+        &self,
+        subscription: &str,
+        returned: Vec<Returned>,
+        counts: bool,
+    ) -> Result<usize, Error>;
+
+    /// Writes consumers' answers, one outcome each, in order.
+    async fn acknowledge(
+        &self,
+        subscription: &str,
+        answers: Vec<Answer>,
+    ) -> Result<Vec<AnswerOutcome>, Error>;
+
+    /// Deliveries that are SENT and whose answer is overdue, oldest first.
+    async fn overdue(&self, subscription: &str, limit: usize) -> Result<Vec<Overdue>, Error>;
+
+    /// Writes what the recovery pass decided. What moved on meanwhile stays as it is.
+    async fn settle_overdue(
+        &self,
+        subscription: &str,
+        decisions: Vec<(Overdue, OverdueDecision)>,
+    ) -> Result<usize, Error>;
+
+    /// Makes deliveries DEAD that were confirmed longer ago than their subscription's
+    /// `max_age`, at most `limit`. Returns how many.
+    async fn expire(&self, subscription: &str, limit: usize) -> Result<usize, Error>;
+
+    /// Sees to it that body buckets exist two ahead of now, each open for `span`.
+    async fn open_buckets(&self, span: Duration) -> Result<(), Error>;
+
+    /// Removes one slice (at most 500 rows) of what was finished longer ago than `keep`.
+    async fn retire(&self, keep: Duration) -> Result<Retired, Error>;
+
+    /// How many bytes the store takes on disk that hold something.
+    async fn used_bytes(&self) -> Result<u64, Error>;
+
+    /// How many of what.
+    async fn counts(&self) -> Result<Counts, Error>;
+
+    /// Everything about one message.
+    async fn show(&self, id: MessageId, with_body: bool) -> Result<Option<Shown>, Error>;
+
+    /// A page of messages by id, after the cursor.
+    async fn list_messages(
+        &self,
+        filter: MessageFilter,
+        after: Option<MessageId>,
+        limit: usize,
+    ) -> Result<Vec<MessageView>, Error>;
+
+    /// A page of deliveries by subscription and id, after the cursor.
+    async fn list_deliveries(
+        &self,
+        state: DeliveryState,
+        subscription: Option<&str>,
+        after: Option<DeliveryCursor>,
+        limit: usize,
+    ) -> Result<Vec<DeliveryView>, Error>;
+
+    /// Finishes what is queued and closes the database. Later calls are refused.
+    async fn close(&self);
+}
