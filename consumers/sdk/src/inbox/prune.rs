@@ -85,6 +85,46 @@ pub(crate) fn micros(duration: Duration) -> i64 {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn only_old_rows_of_the_subscription_are_forgotten() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let file = sqlx::sqlite::SqliteConnectOptions::new()
+            .filename(dir.path().join("inbox.db"))
+            .create_if_missing(true);
+        let pool = sqlx::SqlitePool::connect_with(file).await.unwrap();
+        crate::migrate(&pool).await.unwrap();
+        // 2,500 rows of each subscription, one an hour, half an hour off any limit.
+        sqlx::query(
+            "WITH RECURSIVE hour (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM hour WHERE n < 2499)
+             INSERT INTO handfast_inbox (subscription, message_id, at)
+             SELECT subscription, randomblob(16), (unixepoch() - n * 3600 - 1800) * 1000000
+               FROM hour, (SELECT 'points' AS subscription UNION SELECT 'accounting')",
+        )
+        .execute(&pool)
+        .await
+        .unwrap();
+        let stop = CancellationToken::new();
+        let week = Duration::from_secs(7 * 24 * 3600);
+        let mut last = None;
+        let rows = once(&pool, "points", week, &mut last, &stop).await.unwrap();
+        assert_eq!(rows, 2_500 - 7 * 24);
+        let left: Vec<(String, i64)> = sqlx::query_as(
+            "SELECT subscription, count(*) FROM handfast_inbox GROUP BY 1 ORDER BY 1",
+        )
+        .fetch_all(&pool)
+        .await
+        .unwrap();
+        let expected = [
+            ("accounting".to_owned(), 2_500),
+            ("points".to_owned(), 7 * 24),
+        ];
+        assert_eq!(left, expected);
+        assert_eq!(
+            once(&pool, "points", week, &mut last, &stop).await.unwrap(),
+            0
+        );
+    }
+
     #[test]
     fn a_clock_that_jumped_does_not_prune() {
         let hour = Duration::from_secs(3600);

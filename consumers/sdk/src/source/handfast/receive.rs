@@ -186,7 +186,7 @@ impl TryFrom<v1::Delivery> for Delivered {
                 .into_iter()
                 .map(|header| (header.name, header.value))
                 .collect(),
-            payload: delivery.payload.into(),
+            payload: delivery.payload,
             generation: delivery.generation,
             sent_at: delivery.sent_at,
             first_sent_at: delivery.first_sent_at,

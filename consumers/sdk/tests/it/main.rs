@@ -1,0 +1,13 @@
+//! The SDK between a scripted service and real SQLite files.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "what supports a test may fail as loudly as the test"
+)]
+
+mod common;
+mod effects;
+mod guard;
+mod link;
+mod start;
