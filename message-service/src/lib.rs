@@ -7,6 +7,8 @@
 
 pub mod answered;
 pub mod clock;
+pub mod config;
 pub mod message;
 pub mod store;
+pub mod telemetry;
 pub mod topology;

@@ -1,0 +1,49 @@
+//! Logs: one line per event on standard error, for people or as JSON.
+//!
+//! Standard output belongs to what a command was asked for, so no log line ever goes there.
+
+use std::io::IsTerminal as _;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::LogFormat;
+
+/// Why logging cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The filter is not one. A checked configuration never has such a filter.
+    #[error("cannot log with the filter `{filter}`: {source}; use for example info")]
+    Filter {
+        /// What was given.
+        filter: String,
+        /// Where it is wrong.
+        source: tracing_subscriber::filter::ParseError,
+    },
+    /// This process logs already.
+    #[error("cannot begin to log: {0}; it can be done once per process")]
+    Installed(#[from] tracing_subscriber::util::TryInitError),
+}
+
+/// Begins to log to standard error, for the whole process and until its end.
+pub fn install(filter: &str, format: LogFormat) -> Result<(), Error> {
+    use tracing_subscriber::util::SubscriberInitExt as _;
+
+    let parsed = EnvFilter::builder()
+        .parse(filter)
+        .map_err(|source| Error::Filter {
+            filter: filter.to_owned(),
+            source,
+        })?;
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(parsed)
+        .with_writer(std::io::stderr);
+    match format {
+        // Colours are for eyes; in a file or a pipe they hide words from a search.
+        LogFormat::Text => lines
+            .with_ansi(std::io::stderr().is_terminal())
+            .finish()
+            .try_init()?,
+        LogFormat::Json => lines.json().finish().try_init()?,
+    }
+    Ok(())
+}
