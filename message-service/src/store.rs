@@ -133,6 +133,24 @@ pub enum DecidedBy {
     Operator,
 }
 
+impl DecidedBy {
+    /// The word that the store uses.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Producer => "PRODUCER",
+            Self::Check => "CHECK",
+            Self::Operator => "OPERATOR",
+        }
+    }
+
+    /// Reads the word; `None` for one that a newer version may have written.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Self::Producer, Self::Check, Self::Operator]
+            .into_iter()
+            .find(|by| by.as_str() == word)
+    }
+}
+
 /// A confirm or a cancel of the producer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {

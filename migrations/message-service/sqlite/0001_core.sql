@@ -7,11 +7,9 @@ CREATE TABLE store (
     -- The last time that was written. Time never goes back behind it, whatever the host says.
     last_time        INTEGER NOT NULL,
     -- The topology in force; 0 before the first.
-    topology_version INTEGER NOT NULL,
-    -- SHA-256 of that topology, to tell a change that forgot to raise its version.
-    topology_hash    BLOB    NOT NULL
+    topology_version INTEGER NOT NULL
 );
-INSERT INTO store (one, last_time, topology_version, topology_hash) VALUES (1, 0, 0, x'');
+INSERT INTO store (one, last_time, topology_version) VALUES (1, 0, 0);
 
 -- Who may prepare or publish. Names are never reused for somebody else, so rows stay.
 CREATE TABLE producer (
@@ -39,7 +37,7 @@ CREATE TABLE topic_producer (
 CREATE TABLE subscription (
     name         TEXT    NOT NULL PRIMARY KEY,
     topic        TEXT    NOT NULL REFERENCES topic (name),
-    -- The whole policy as JSON: schedule, attempts, max_age.
+    -- The whole policy as JSON: schedule_ms, attempts (null: unlimited), max_age_ms.
     policy       TEXT    NOT NULL,
     active       INTEGER NOT NULL CHECK (active IN (0, 1))
 ) WITHOUT ROWID;
@@ -112,6 +110,7 @@ CREATE TABLE delivery (
     confirmed_at  INTEGER NOT NULL,
     first_sent_at INTEGER,
     sent_at       INTEGER,
+    -- When it ended: consumed, dead or skipped.
     answered_at   INTEGER,
     last_error    TEXT,
     PRIMARY KEY (message_id, subscription)
@@ -140,7 +139,8 @@ CREATE TABLE message_event (
 );
 CREATE INDEX message_event_by_message ON message_event (message_id);
 
--- The body buckets: tables body_<number>, made by the store two ahead of their time.
+-- The body buckets: tables body_<number>, made by the store two ahead of their time. A bucket
+-- holds content type, headers and payload, is only added to, and goes as a whole.
 CREATE TABLE body_bucket (
     number    INTEGER NOT NULL PRIMARY KEY,
     -- From when on new bodies go here.

@@ -1,0 +1,155 @@
+//! The body buckets: tables of payloads that are only added to and go as a whole.
+
+use std::time::Duration;
+
+use sqlx::sqlite::SqliteConnection;
+use sqlx::{AssertSqlSafe, Row as _};
+
+use super::rows::{Columns, error};
+use super::writer::{Kind, Tx};
+use crate::message::{MessageId, NewMessage, Timestamp};
+use crate::store::Error;
+
+/// Content type, headers and payload of a message.
+pub(super) struct Body {
+    pub(super) content_type: String,
+    pub(super) headers: Vec<(String, String)>,
+    pub(super) payload: Vec<u8>,
+}
+
+impl Body {
+    pub(super) fn bytes(&self) -> usize {
+        self.payload.len()
+            + self
+                .headers
+                .iter()
+                .map(|(n, v)| n.len() + v.len())
+                .sum::<usize>()
+    }
+}
+
+/// The bucket that takes new bodies: the newest that has opened.
+pub(super) async fn current(db: &mut SqliteConnection, now: Timestamp) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar(
+        "-- current bucket
+         SELECT number FROM body_bucket
+          ORDER BY opens_at <= ? DESC, CASE WHEN opens_at <= ? THEN -number ELSE number END
+          LIMIT 1",
+    )
+    .bind(now.as_micros())
+    .bind(now.as_micros())
+    .fetch_one(db)
+    .await
+}
+
+/// Puts a body into a bucket.
+pub(super) async fn put(
+    db: &mut SqliteConnection,
+    bucket: i64,
+    message: &NewMessage,
+) -> Result<(), sqlx::Error> {
+    let headers = serde_json::to_string(&message.headers)
+        .map_err(|source| sqlx::Error::Encode(Box::new(source)))?;
+    let sql = format!(
+        "-- put a body\nINSERT INTO body_{bucket} (message_id, content_type, headers, payload) \
+         VALUES (?, ?, ?, ?)"
+    );
+    sqlx::query(AssertSqlSafe(sql))
+        .bind(&message.id.as_bytes()[..])
+        .bind(&message.content_type)
+        .bind(headers)
+        .bind(&message.payload[..])
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
+/// Reads the body of a message from its bucket.
+pub(super) async fn get(
+    db: &mut SqliteConnection,
+    bucket: i64,
+    id: MessageId,
+    doing: &'static str,
+) -> Result<Body, Error> {
+    let sql = format!(
+        "-- get a body\nSELECT content_type, headers, payload FROM body_{bucket} WHERE message_id = ?"
+    );
+    let row = sqlx::query(AssertSqlSafe(sql))
+        .bind(&id.as_bytes()[..])
+        .fetch_optional(db)
+        .await
+        .map_err(error(doing))?
+        .ok_or_else(|| Error::Inconsistent {
+            doing,
+            what: format!("body_{bucket} has no body of message {id}"),
+        })?;
+    let columns = Columns::new(&row, doing);
+    let headers: String = columns.get("headers")?;
+    Ok(Body {
+        content_type: columns.get("content_type")?,
+        headers: serde_json::from_str(&headers)
+            .map_err(|_| columns.wrong("headers", "is not a list of pairs"))?,
+        payload: row.try_get("payload").map_err(error(doing))?,
+    })
+}
+
+/// Sees to it that the current bucket and two ahead of it exist.
+pub(super) async fn open_ahead(tx: &mut Tx, (span,): &(Duration,)) -> Result<(), Error> {
+    let now = tx.now;
+    ensure(&mut tx.db, now, *span)
+        .await
+        .map_err(error(Kind::Retire.doing()))
+}
+
+/// As [`open_ahead`], outside of the writer: at the start.
+pub(super) async fn ensure(
+    db: &mut SqliteConnection,
+    now: Timestamp,
+    span: Duration,
+) -> Result<(), sqlx::Error> {
+    loop {
+        let row = sqlx::query(
+            "-- buckets ahead
+             SELECT coalesce(max(number), 0) AS last, max(opens_at) AS opens_at,
+                    coalesce(sum(opens_at > ?), 0) AS ahead
+               FROM body_bucket",
+        )
+        .bind(now.as_micros())
+        .fetch_one(&mut *db)
+        .await?;
+        let (last, ahead): (i64, i64) = (row.try_get("last")?, row.try_get("ahead")?);
+        let opened: Option<i64> = row.try_get("opens_at")?;
+        let opens_at = match opened {
+            // After a long stop the next bucket opens now, not in the past.
+            Some(opened) => Timestamp::from_micros(opened).after(span).max(now),
+            None => now,
+        };
+        if ahead >= 2 {
+            return Ok(());
+        }
+        create(db, last + 1, opens_at).await?;
+    }
+}
+
+async fn create(
+    db: &mut SqliteConnection,
+    number: i64,
+    opens_at: Timestamp,
+) -> Result<(), sqlx::Error> {
+    let sql = format!(
+        "CREATE TABLE IF NOT EXISTS body_{number} (
+             message_id   BLOB NOT NULL PRIMARY KEY CHECK (length(message_id) = 16),
+             content_type TEXT NOT NULL,
+             -- JSON: a list of [name, value].
+             headers      TEXT NOT NULL,
+             payload      BLOB NOT NULL
+         )"
+    );
+    sqlx::query(AssertSqlSafe(sql)).execute(&mut *db).await?;
+    sqlx::query("-- register a bucket\nINSERT INTO body_bucket (number, opens_at) VALUES (?, ?)")
+        .bind(number)
+        .bind(opens_at.as_micros())
+        .execute(db)
+        .await?;
+    Ok(())
+}
