@@ -14,7 +14,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::error::Refusal;
-use crate::verbs::{ItemOutcome, Verb};
+use crate::verbs::{Answered, ItemOutcome, Verb};
 
 /// A call is cut here, except that it always takes one item.
 const MAX_BATCH_BYTES: usize = 1024 * 1024;
@@ -143,7 +143,7 @@ async fn call<V: Verb>(
     client: &MessagesClient<Channel>,
     producer: &str,
     batch: &[Waiting<V>],
-) -> Result<Vec<(Vec<u8>, ItemOutcome<V::Reply>)>, Refusal> {
+) -> Result<Answered<V::Reply>, Refusal> {
     let items = batch.iter().map(|waiting| waiting.item.clone()).collect();
     let call = V::call(client.clone(), producer.to_owned(), items);
     match timeout(CALL_TIMEOUT, call).await {
@@ -156,7 +156,7 @@ async fn call<V: Verb>(
     }
 }
 
-fn hand_out<V: Verb>(batch: Vec<Waiting<V>>, results: Vec<(Vec<u8>, ItemOutcome<V::Reply>)>) {
+fn hand_out<V: Verb>(batch: Vec<Waiting<V>>, results: Answered<V::Reply>) {
     let mut results = results.into_iter();
     for waiting in batch {
         let outcome = match results.next() {

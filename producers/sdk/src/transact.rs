@@ -441,9 +441,9 @@ async fn settle_patiently<DB: FenceDatabase>(
     let ends = Instant::now() + SETTLE_BUDGET;
     let mut pace = Pace::new(id);
     loop {
-        let settled = match timeout_at(ends, settle_in_task(pool, id, Asker::Sdk)).await {
-            Ok(settled) => settled,
-            Err(_) => return Ok(Settled::InProgress),
+        let asked = timeout_at(ends, settle_in_task(pool, id, Asker::Sdk)).await;
+        let Ok(settled) = asked else {
+            return Ok(Settled::InProgress);
         };
         if matches!(settled, Ok(Settled::Committed | Settled::RolledBack)) {
             return settled;

@@ -13,6 +13,9 @@ use crate::error::Refusal;
 /// What became of one item.
 pub(crate) type ItemOutcome<R> = Result<R, Box<Refusal>>;
 
+/// The items of a reply, in its order: the id, and what became of it.
+pub(crate) type Answered<R> = Vec<(WireId, ItemOutcome<R>)>;
+
 /// One method of the service `Messages`.
 pub(crate) trait Verb: Send + Sync + 'static {
     /// What one caller brings.
@@ -31,7 +34,7 @@ pub(crate) trait Verb: Send + Sync + 'static {
         client: MessagesClient<Channel>,
         producer: String,
         items: Vec<Self::Item>,
-    ) -> impl Future<Output = Result<Vec<(Vec<u8>, ItemOutcome<Self::Reply>)>, Status>> + Send;
+    ) -> impl Future<Output = Result<Answered<Self::Reply>, Status>> + Send;
 }
 
 /// An id, as the contract carries it.
@@ -69,7 +72,7 @@ macro_rules! messages {
                 mut client: MessagesClient<Channel>,
                 producer: String,
                 messages: Vec<Self::Item>,
-            ) -> Result<Vec<(Vec<u8>, ItemOutcome<State>)>, Status> {
+            ) -> Result<Answered<State>, Status> {
                 let request = v1::$request { producer, messages };
                 let reply = client.$method(Request::new(request)).await?;
                 Ok(states(reply.into_inner().results))
@@ -97,7 +100,7 @@ macro_rules! decisions {
                 mut client: MessagesClient<Channel>,
                 producer: String,
                 message_ids: Vec<Self::Item>,
-            ) -> Result<Vec<(Vec<u8>, ItemOutcome<State>)>, Status> {
+            ) -> Result<Answered<State>, Status> {
                 let request = v1::$request {
                     producer,
                     message_ids,
@@ -131,7 +134,7 @@ impl Verb for Get {
         mut client: MessagesClient<Channel>,
         producer: String,
         message_ids: Vec<Self::Item>,
-    ) -> Result<Vec<(Vec<u8>, ItemOutcome<v1::MessageStatus>)>, Status> {
+    ) -> Result<Answered<v1::MessageStatus>, Status> {
         let request = v1::GetRequest {
             producer,
             message_ids,
@@ -151,7 +154,7 @@ impl Verb for Get {
     }
 }
 
-fn states(results: Vec<v1::ItemResult>) -> Vec<(Vec<u8>, ItemOutcome<State>)> {
+fn states(results: Vec<v1::ItemResult>) -> Answered<State> {
     results
         .into_iter()
         .map(|result| {

@@ -1,0 +1,58 @@
+//! The process of the reference service payment.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use payment::{Options, run};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// Pays orders from balances, and tells whoever wants to know.
+#[derive(Parser)]
+#[command(name = "payment", version)]
+struct Arguments {
+    #[command(flatten)]
+    options: Options,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let Arguments { options } = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    match start(options).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("payment: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn start(options: Options) -> Result<(), Box<dyn std::error::Error>> {
+    handfast_fail_points::arm_from_environment()?;
+    let shutdown = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = shutdown.clone();
+    tokio::spawn(async move {
+        let wait = async |terminate: &mut tokio::signal::unix::Signal,
+                          interrupt: &mut tokio::signal::unix::Signal| {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        wait(&mut terminate, &mut interrupt).await;
+        tracing::info!("stopping; a second signal ends at once");
+        stop.cancel();
+        wait(&mut terminate, &mut interrupt).await;
+        std::process::exit(1);
+    });
+    run(options, shutdown).await?;
+    Ok(())
+}
