@@ -231,7 +231,7 @@ async fn a_delivery_that_cannot_be_read_costs_no_credit() {
     let service = &world.service;
     let running = world.start_with(world.subscriber().await.prefetch(1));
     let mut broken = service.delivery(1, "ok");
-    broken.message_id = vec![1, 2, 3].into();
+    broken.message_id = vec![1, 2, 3];
     service.deliver_all([broken, service.delivery(2, "ok")]);
     tokio::time::timeout(PATIENCE, service.until_answers(1))
         .await
