@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-pub use open::OpenError;
+pub use open::{OpenError, migrate};
 use readers::Readers;
 use time::StoreClock;
 use writer::{Kind, Writer};

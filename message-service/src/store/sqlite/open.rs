@@ -8,7 +8,7 @@ use std::time::Duration;
 use handfast_migrations::Owner;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use sqlx::ConnectOptions as _;
+use sqlx::{ConnectOptions as _, Connection as _};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 
 use super::{Readers, SqliteStore, StoreClock, Writer, bodies};
@@ -81,21 +81,13 @@ impl SqliteStore {
     /// a file that another process holds, that would not be durable, or that a newer program
     /// has written. `seed` feeds jitter and lease tokens.
     pub async fn open(path: &Path, clock: Arc<dyn Clock>, seed: u64) -> Result<Self, OpenError> {
-        let lock = lock(path)?;
-        let options = options(path);
         let database = |source| OpenError::Database {
             path: path.to_owned(),
             source,
         };
-        let mut db = options.connect().await.map_err(database)?;
-        durable(path, &mut db).await?;
-        Owner::MessageService
-            .apply(&mut db)
-            .await
-            .map_err(|source| OpenError::Schema {
-                path: path.to_owned(),
-                source,
-            })?;
+        let lock = lock(path)?;
+        let options = options(path);
+        let (mut db, _) = migrated(path, &options).await?;
         let last: i64 = sqlx::query_scalar("SELECT last_time FROM store")
             .fetch_one(&mut db)
             .await
@@ -117,6 +109,41 @@ impl SqliteStore {
             _lock: lock,
         })
     }
+}
+
+/// Brings the schema of a file up to date, creating the file if it is missing, and returns how
+/// many steps that took. Refuses what [`SqliteStore::open`] refuses.
+pub async fn migrate(path: &Path) -> Result<usize, OpenError> {
+    let _lock = lock(path)?;
+    let (db, applied) = migrated(path, &options(path)).await?;
+    db.close().await.map_err(|source| OpenError::Database {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(applied)
+}
+
+/// A durable connection to a file whose schema is up to date, and how many steps were missing.
+async fn migrated(
+    path: &Path,
+    options: &SqliteConnectOptions,
+) -> Result<(SqliteConnection, usize), OpenError> {
+    let mut db = options
+        .connect()
+        .await
+        .map_err(|source| OpenError::Database {
+            path: path.to_owned(),
+            source,
+        })?;
+    durable(path, &mut db).await?;
+    let applied = Owner::MessageService
+        .apply(&mut db)
+        .await
+        .map_err(|source| OpenError::Schema {
+            path: path.to_owned(),
+            source,
+        })?;
+    Ok((db, applied))
 }
 
 /// The settings of every connection to a store.

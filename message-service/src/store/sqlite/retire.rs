@@ -64,14 +64,14 @@ pub(super) async fn slice(tx: &mut Tx, (keep,): &(Duration,)) -> Result<Retired,
     Ok(retired)
 }
 
-/// The oldest bucket whose successor opened before the cutoff.
+/// The oldest bucket whose successor had opened at the cutoff.
 async fn oldest_due(tx: &mut Tx, cutoff: Timestamp, current: i64) -> Result<Option<i64>, Error> {
     let row = sqlx::query(
         "-- the oldest bucket that is due
          SELECT number FROM body_bucket b
           WHERE number < ?
             AND EXISTS (SELECT 1 FROM body_bucket next
-                         WHERE next.number = b.number + 1 AND next.opens_at < ?)
+                         WHERE next.number = b.number + 1 AND next.opens_at <= ?)
           ORDER BY number LIMIT 1",
     )
     .bind(current)

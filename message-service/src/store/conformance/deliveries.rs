@@ -1,0 +1,341 @@
+//! Claims, leases, SENT, returns and what is overdue.
+
+use super::*;
+
+pub(crate) async fn a_body_comes_back_as_it_was_handed_over(harness: &impl Harness) {
+    let store = ready(harness).await;
+    let original = NewMessage {
+        payload: (0..=255).cycle().take(70_000).collect(),
+        headers: vec![("b".into(), "ü\n".into()), ("a".into(), String::new())],
+        key: Some("ключ".into()),
+        ..message(1)
+    };
+    store.publish(vec![original.clone()]).await.unwrap();
+    let claim = claim(&*store, "points", 1).await.remove(0);
+    assert_eq!(claim.payload, original.payload);
+    assert_eq!(claim.headers, original.headers);
+    assert_eq!(claim.key, original.key);
+    assert_eq!(claim.content_type, original.content_type);
+    assert_eq!(
+        (claim.producer, claim.topic),
+        (original.producer, original.topic)
+    );
+}
+
+pub(crate) async fn a_delivery_waits_for_its_time(harness: &impl Harness) {
+    let store = ready(harness).await;
+    let later = store.now().after(60 * SECOND);
+    let past = Some(store.now().before(60 * SECOND));
+    let delayed = NewMessage {
+        deliver_after: Some(later),
+        ..message(1)
+    };
+    let overdue = NewMessage {
+        deliver_after: past,
+        ..message(2)
+    };
+    prepare(&*store, vec![delayed, overdue]).await;
+    decide(&*store, 1, MessageEvent::Confirm).await.unwrap();
+    decide(&*store, 2, MessageEvent::Confirm).await.unwrap();
+    assert_eq!(claim(&*store, "accounting", 10).await[0].id, id(2));
+    let lane = Lane::Normal {
+        limit: 10,
+        max_bytes: 1,
+    };
+    let claimed = store
+        .claim_deliveries("accounting", lane, LEASE)
+        .await
+        .unwrap();
+    assert!(claimed.deliveries.is_empty());
+    assert!(claimed.next_due_in.is_some_and(|wait| wait <= LEASE));
+    harness.pass(61 * SECOND).await;
+    let ids: Vec<_> = claim(&*store, "accounting", 10)
+        .await
+        .into_iter()
+        .map(|c| c.id)
+        .collect();
+    assert!(ids.contains(&id(1)));
+}
+
+pub(crate) async fn a_claim_takes_the_oldest_due_first_and_raises_the_generation(
+    harness: &impl Harness,
+) {
+    let store = ready(harness).await;
+    for n in [3, 1, 2] {
+        published(&*store, [n]).await;
+        harness.pass(SECOND).await;
+    }
+    let claims = claim(&*store, "accounting", 2).await;
+    assert_eq!(
+        claims.iter().map(|c| c.id).collect::<Vec<_>>(),
+        [id(3), id(1)]
+    );
+    assert!(
+        claims
+            .iter()
+            .all(|c| c.generation == 1 && c.sent_at == c.first_sent_at)
+    );
+    assert_eq!(claim(&*store, "accounting", 10).await[0].id, id(2));
+    assert!(claim(&*store, "accounting", 10).await.is_empty());
+    assert_eq!(claim(&*store, "points", 10).await.len(), 3);
+}
+
+pub(crate) async fn a_claim_respects_bytes_but_takes_at_least_one(harness: &impl Harness) {
+    let store = ready(harness).await;
+    let large = |n| NewMessage {
+        payload: vec![1; 1000],
+        ..message(n)
+    };
+    store
+        .publish(vec![large(1), large(2), large(3)])
+        .await
+        .unwrap();
+    let mut taken = Vec::new();
+    for max_bytes in [1, 2_500] {
+        let lane = Lane::Normal {
+            limit: 10,
+            max_bytes,
+        };
+        let claimed = store
+            .claim_deliveries("accounting", lane, LEASE)
+            .await
+            .unwrap();
+        taken.push(claimed.deliveries.len());
+    }
+    assert_eq!(taken, [1, 2]);
+}
+
+pub(crate) async fn a_lease_that_ran_out_is_claimed_again_and_its_holder_changes_nothing(
+    harness: &impl Harness,
+) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    let stale = claim(&*store, "accounting", 1).await.remove(0);
+    harness.pass(LEASE + SECOND).await;
+    let fresh = claim(&*store, "accounting", 1).await.remove(0);
+    assert_eq!(fresh.generation, 2);
+    assert_eq!(fresh.first_sent_at, stale.first_sent_at);
+    let late = vec![Sent {
+        id: id(1),
+        token: stale.token,
+    }];
+    assert_eq!(
+        store
+            .renew("accounting", late.clone(), LEASE)
+            .await
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        store
+            .mark_sent("accounting", late, RESEND_AFTER)
+            .await
+            .unwrap(),
+        0
+    );
+    let returned = vec![Returned {
+        id: id(1),
+        generation: stale.generation,
+    }];
+    assert_eq!(
+        store
+            .return_deliveries("accounting", returned, true)
+            .await
+            .unwrap(),
+        0
+    );
+    assert_eq!(delivery(&*store, 1).await.state, DeliveryState::Pending);
+    let now = vec![Sent {
+        id: id(1),
+        token: fresh.token,
+    }];
+    assert_eq!(
+        store
+            .mark_sent("accounting", now, RESEND_AFTER)
+            .await
+            .unwrap(),
+        1
+    );
+    assert_eq!(delivery(&*store, 1).await.state, DeliveryState::Sent);
+}
+
+pub(crate) async fn a_renewed_lease_holds_longer(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    let held = claim(&*store, "accounting", 1).await.remove(0);
+    harness.pass(LEASE - SECOND).await;
+    let renewal = vec![Sent {
+        id: id(1),
+        token: held.token,
+    }];
+    assert_eq!(store.renew("accounting", renewal, LEASE).await.unwrap(), 1);
+    harness.pass(LEASE - SECOND).await;
+    assert!(claim(&*store, "accounting", 1).await.is_empty());
+    harness.pass(2 * SECOND).await;
+    assert_eq!(claim(&*store, "accounting", 1).await.len(), 1);
+}
+
+pub(crate) async fn a_stream_that_ended_returns_its_deliveries_at_once_to_be_sent_alone(
+    harness: &impl Harness,
+) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    harness.pass(SECOND).await;
+    published(&*store, [2]).await;
+    let generation = send(&*store, 1).await;
+    let returned = vec![Returned {
+        id: id(1),
+        generation,
+    }];
+    assert_eq!(
+        store
+            .return_deliveries("accounting", returned.clone(), true)
+            .await
+            .unwrap(),
+        1
+    );
+    assert_eq!(
+        store
+            .return_deliveries("accounting", returned, true)
+            .await
+            .unwrap(),
+        0,
+        "one end of one send counts once"
+    );
+    let view = delivery(&*store, 1).await;
+    assert_eq!((view.state, view.attempts), (DeliveryState::Pending, 0));
+    let lane = Lane::Normal {
+        limit: 10,
+        max_bytes: usize::MAX,
+    };
+    let claimed = store
+        .claim_deliveries("accounting", lane, LEASE)
+        .await
+        .unwrap();
+    assert_eq!(
+        claimed.deliveries.iter().map(|c| c.id).collect::<Vec<_>>(),
+        [id(2)]
+    );
+    assert!(claimed.alone_waits);
+    assert_eq!(claim_alone(&*store).await.remove(0).id, id(1));
+    assert!(claim_alone(&*store).await.is_empty());
+}
+
+pub(crate) async fn the_fifth_ended_stream_counts_as_failed(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    for end in 1..=5 {
+        let generation = send(&*store, 1).await;
+        let returned = vec![Returned {
+            id: id(1),
+            generation,
+        }];
+        store
+            .return_deliveries("accounting", returned, true)
+            .await
+            .unwrap();
+        assert_eq!(delivery(&*store, 1).await.attempts, u32::from(end == 5));
+    }
+    assert!(
+        claim_alone(&*store).await.is_empty(),
+        "it waits for the schedule's step"
+    );
+    assert!(delivery(&*store, 1).await.last_error.is_some());
+}
+
+pub(crate) async fn a_stream_that_the_service_ended_counts_nothing(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    for _ in 0..7 {
+        let generation = send(&*store, 1).await;
+        let returned = vec![Returned {
+            id: id(1),
+            generation,
+        }];
+        assert_eq!(
+            store
+                .return_deliveries("accounting", returned, false)
+                .await
+                .unwrap(),
+            1
+        );
+    }
+    assert_eq!(delivery(&*store, 1).await.attempts, 0);
+    assert_eq!(
+        claim(&*store, "accounting", 1).await.len(),
+        1,
+        "not alone either"
+    );
+}
+
+pub(crate) async fn an_overdue_delivery_that_was_passed_by_is_due_again_and_counts(
+    harness: &impl Harness,
+) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    send(&*store, 1).await;
+    assert!(store.overdue("accounting", 10).await.unwrap().is_empty());
+    harness.pass(RESEND_AFTER + SECOND).await;
+    let overdue = store.overdue("accounting", 10).await.unwrap();
+    assert_eq!(overdue.len(), 1);
+    let decisions = vec![(overdue[0], OverdueDecision::PassedBy)];
+    // Two recovery passes that started at the same time.
+    assert_eq!(
+        store
+            .settle_overdue("accounting", decisions.clone())
+            .await
+            .unwrap(),
+        1
+    );
+    assert_eq!(
+        store.settle_overdue("accounting", decisions).await.unwrap(),
+        0
+    );
+    assert_eq!(delivery(&*store, 1).await.attempts, 1);
+    assert_eq!(send(&*store, 1).await, 2);
+}
+
+pub(crate) async fn waiting_longer_for_an_overdue_delivery_counts_nothing(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    send(&*store, 1).await;
+    harness.pass(RESEND_AFTER + SECOND).await;
+    let overdue = store.overdue("accounting", 10).await.unwrap()[0];
+    let wait = vec![(overdue, OverdueDecision::Wait(RESEND_AFTER))];
+    assert_eq!(store.settle_overdue("accounting", wait).await.unwrap(), 1);
+    assert!(store.overdue("accounting", 10).await.unwrap().is_empty());
+    let view = delivery(&*store, 1).await;
+    assert_eq!((view.state, view.attempts), (DeliveryState::Sent, 0));
+}
+
+pub(crate) async fn a_delivery_older_than_max_age_is_dead(harness: &impl Harness) {
+    let store = ready(harness).await;
+    let mut aged = topology();
+    aged.version = 2;
+    if let Some(subscription) = aged.subscriptions.get_mut("accounting") {
+        subscription.policy.max_age = Some(60 * SECOND);
+    }
+    store.apply_topology(aged).await.unwrap();
+    published(&*store, [1, 2]).await;
+    send(&*store, 1).await;
+    assert_eq!(store.expire("accounting", 10).await.unwrap(), 0);
+    harness.pass(61 * SECOND).await;
+    published(&*store, [3]).await;
+    assert_eq!(store.expire("accounting", 10).await.unwrap(), 2);
+    assert_eq!(store.expire("accounting", 10).await.unwrap(), 0);
+    assert_eq!(store.expire("points", 10).await.unwrap(), 0);
+    let states = [
+        delivery(&*store, 1).await,
+        delivery(&*store, 2).await,
+        delivery(&*store, 3).await,
+    ]
+    .map(|delivery| delivery.state);
+    assert_eq!(
+        states,
+        [
+            DeliveryState::Dead,
+            DeliveryState::Dead,
+            DeliveryState::Pending
+        ]
+    );
+}
