@@ -6,7 +6,8 @@ use handfast_proto::v1 as proto;
 use handfast_proto::v1::console_server::Console;
 use tonic::{Request, Response, Status};
 
-use super::{convert, status};
+use super::convert::{self, console};
+use super::status;
 use crate::service::{Error, Service};
 
 /// The service `handfast.v1.Console`.
@@ -26,21 +27,21 @@ impl Api {
     ) -> Result<proto::ShowMessageResponse, Error> {
         let id = convert::message_id("message_id", &request.message_id)?;
         let shown = self.service.show(id, request.with_body).await?;
-        Ok(convert::shown(shown))
+        Ok(console::shown(shown))
     }
 
     async fn messages(
         &self,
         request: proto::ListMessagesRequest,
     ) -> Result<proto::ListMessagesResponse, Error> {
-        let filter = convert::message_filter(request.state, &request.flag)?;
-        let after = convert::message_cursor(&request.cursor)?;
+        let filter = console::message_filter(request.state, &request.flag)?;
+        let after = console::message_cursor(&request.cursor)?;
         let page = self
             .service
             .list_messages(filter, after, request.page_size)
             .await?;
         Ok(proto::ListMessagesResponse {
-            messages: page.rows.into_iter().map(convert::message_row).collect(),
+            messages: page.rows.into_iter().map(console::message_row).collect(),
             next_cursor: page.next.map_or_else(Vec::new, |id| id.as_bytes().to_vec()),
         })
     }
@@ -49,8 +50,8 @@ impl Api {
         &self,
         request: proto::ListDeliveriesRequest,
     ) -> Result<proto::ListDeliveriesResponse, Error> {
-        let state = convert::delivery_filter(request.state)?;
-        let after = convert::delivery_cursor(&request.cursor)?;
+        let state = console::delivery_filter(request.state)?;
+        let after = console::delivery_cursor(&request.cursor)?;
         let subscription = Some(request.subscription).filter(|name| !name.is_empty());
         let page = self
             .service
@@ -58,8 +59,8 @@ impl Api {
             .await?;
         let next = page.next.as_ref();
         Ok(proto::ListDeliveriesResponse {
-            next_cursor: next.map_or_else(Vec::new, convert::write_delivery_cursor),
-            deliveries: page.rows.into_iter().map(convert::delivery_row).collect(),
+            next_cursor: next.map_or_else(Vec::new, console::write_delivery_cursor),
+            deliveries: page.rows.into_iter().map(console::delivery_row).collect(),
         })
     }
 }
@@ -72,7 +73,7 @@ impl Console for Api {
     ) -> Result<Response<proto::CountsResponse>, Status> {
         let counts = self.service.counts().await;
         let counts = counts.map_err(|error| status::of_call(&error))?;
-        Ok(Response::new(convert::counts(counts)))
+        Ok(Response::new(console::counts(counts)))
     }
 
     async fn show_message(

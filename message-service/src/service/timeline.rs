@@ -112,9 +112,10 @@ fn of_delivery(delivery: &DeliveryView) -> Vec<TimelineEntry> {
     let mut entries = Vec::new();
     if let Some(first) = delivery.first_sent_at {
         entries.push(entry(first, "sent", String::new()));
+        // The event `resend` says when and why it was decided; this is when it happened.
         if let Some(last) = delivery.sent_at.filter(|last| *last > first) {
-            let detail = format!("generation {}", delivery.generation);
-            entries.push(entry(last, "resend", detail));
+            let detail = format!("send {}", delivery.generation);
+            entries.push(entry(last, "sent", detail));
         }
     }
     if let (DeliveryState::Consumed, Some(at)) = (delivery.state, delivery.answered_at) {
@@ -192,7 +193,7 @@ mod tests {
             (5, "confirmed"),
             (5, "sent"),
             (8, "failed"),
-            (9, "resend"),
+            (9, "sent"),
             (11, "consumed"),
         ];
         let expected: Vec<_> = expected
@@ -205,13 +206,13 @@ mod tests {
     #[test]
     fn what_an_event_tells_is_not_told_twice() {
         let mut shown = shown();
-        shown.events.push(event(9, "resend", Some("accounting")));
-        let resends: Vec<_> = of(&shown)
+        shown.events.push(event(9, "sent", Some("accounting")));
+        let sends: Vec<_> = of(&shown)
             .into_iter()
-            .filter(|entry| entry.kind == "resend")
+            .filter(|entry| entry.kind == "sent" && entry.at == T(9))
             .collect();
-        assert_eq!(resends.len(), 1);
-        assert_eq!(resends[0].detail, "told by its row");
+        assert_eq!(sends.len(), 1);
+        assert_eq!(sends[0].detail, "told by its row");
     }
 
     #[test]
