@@ -11,10 +11,6 @@ const MAX_NAME_BYTES: usize = 100;
 const MAX_AMOUNT: i64 = 1_000_000_000_000;
 
 /// Checks the identity of a payment.
-#[expect(
-    clippy::result_large_err,
-    reason = "a Status goes straight back to tonic"
-)]
 pub(crate) fn order(caller: String, order_id: String) -> Result<Order, Status> {
     name("caller", &caller)?;
     if caller.contains('/') {
@@ -25,10 +21,6 @@ pub(crate) fn order(caller: String, order_id: String) -> Result<Order, Status> {
 }
 
 /// Checks who pays, and how much.
-#[expect(
-    clippy::result_large_err,
-    reason = "a Status goes straight back to tonic"
-)]
 pub(crate) fn user_and_amount(user: &str, amount: i64) -> Result<(), Status> {
     name("user", user)?;
     if !(1..=MAX_AMOUNT).contains(&amount) {
@@ -38,10 +30,6 @@ pub(crate) fn user_and_amount(user: &str, amount: i64) -> Result<(), Status> {
     Ok(())
 }
 
-#[expect(
-    clippy::result_large_err,
-    reason = "a Status goes straight back to tonic"
-)]
 fn name(field: &str, value: &str) -> Result<(), Status> {
     if value.is_empty() || value.len() > MAX_NAME_BYTES {
         let limits = format!(
