@@ -5,7 +5,7 @@
 //! carries the time of its send back, so the mark costs no read. It lives in memory: a
 //! restart only makes the service more patient.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::message::Timestamp;
@@ -16,46 +16,80 @@ pub struct Answered {
     marks: Mutex<HashMap<String, Mark>>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 struct Mark {
     /// The latest send that was answered.
     through: Option<Timestamp>,
-    /// Answers that arrived and are not durable yet.
-    waiting: usize,
+    /// Arrivals so far.
+    arrivals: u64,
+    /// The numbers of the arrivals that are not durable yet.
+    waiting: BTreeSet<u64>,
 }
+
+/// A moment in the arrivals of one subscription's answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment(u64);
 
 /// Answers on their way to the store; while it lives, nothing of its subscription is resent.
 #[derive(Debug)]
 pub struct Waiting<'a> {
     answered: &'a Answered,
     subscription: String,
+    number: u64,
 }
 
 impl Answered {
     /// Answers arrived and are about to be written.
     pub fn arrive(&self, subscription: &str) -> Waiting<'_> {
-        self.lock()
-            .entry(subscription.to_owned())
-            .or_default()
-            .waiting += 1;
+        let mut marks = self.lock();
+        let mark = marks.entry(subscription.to_owned()).or_default();
+        let number = mark.arrivals;
+        mark.arrivals += 1;
+        mark.waiting.insert(number);
+        drop(marks);
         Waiting {
             answered: self,
             subscription: subscription.to_owned(),
+            number,
         }
     }
 
     /// The latest send of this subscription that was answered; `None` before the first
     /// answer, and while answers wait to be written.
     pub fn through(&self, subscription: &str) -> Option<Timestamp> {
-        let mark = self.lock().get(subscription).copied().unwrap_or_default();
-        mark.through.filter(|_| mark.waiting == 0)
+        let marks = self.lock();
+        let mark = marks.get(subscription)?;
+        mark.through.filter(|_| mark.waiting.is_empty())
+    }
+
+    /// The latest send of this subscription whose answer is durable, whatever waits.
+    pub fn latest(&self, subscription: &str) -> Option<Timestamp> {
+        self.lock().get(subscription)?.through
+    }
+
+    /// This moment, to be asked about later with [`Self::is_written`].
+    pub fn moment(&self, subscription: &str) -> Moment {
+        Moment(
+            self.lock()
+                .get(subscription)
+                .map_or(0, |mark| mark.arrivals),
+        )
+    }
+
+    /// True once no answer that arrived before this moment waits to be written. Under load
+    /// some answer waits all the time, but each of them not for long.
+    pub fn is_written(&self, subscription: &str, moment: Moment) -> bool {
+        self.lock()
+            .get(subscription)
+            .and_then(|mark| mark.waiting.first().copied())
+            .is_none_or(|oldest| oldest >= moment.0)
     }
 
     /// True while answers of this subscription wait to be written.
     pub fn is_waiting(&self, subscription: &str) -> bool {
         self.lock()
             .get(subscription)
-            .is_some_and(|mark| mark.waiting > 0)
+            .is_some_and(|mark| !mark.waiting.is_empty())
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Mark>> {
@@ -77,7 +111,7 @@ impl Waiting<'_> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         if let Some(mark) = self.answered.lock().get_mut(&self.subscription) {
-            mark.waiting = mark.waiting.saturating_sub(1);
+            mark.waiting.remove(&self.number);
         }
     }
 }
@@ -115,5 +149,20 @@ mod tests {
         assert!(answered.is_waiting("accounting"));
         drop(waiting);
         assert_eq!(answered.through("accounting"), Some(T(5)));
+    }
+
+    #[test]
+    fn a_moment_is_written_although_later_answers_wait() {
+        let answered = Answered::default();
+        assert!(answered.is_written("accounting", answered.moment("accounting")));
+        let early = answered.arrive("accounting");
+        let moment = answered.moment("accounting");
+        let late = answered.arrive("accounting");
+        assert!(!answered.is_written("accounting", moment));
+        early.recorded(Some(T(5)), T(10));
+        assert!(answered.is_written("accounting", moment));
+        assert_eq!(answered.through("accounting"), None);
+        assert_eq!(answered.latest("accounting"), Some(T(5)));
+        drop(late);
     }
 }

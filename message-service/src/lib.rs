@@ -6,9 +6,16 @@
 //! passes) · [`api`] (gRPC) · [`config`] · [`serve`] (wiring).
 
 pub mod answered;
+pub mod broker;
+pub mod checker;
 pub mod clock;
 pub mod config;
 pub mod message;
+pub mod pass;
+pub mod producer;
+pub mod recovery;
+pub mod refresh;
+pub mod retention;
 pub mod store;
 pub mod telemetry;
 pub mod topology;
