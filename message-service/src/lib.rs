@@ -6,6 +6,7 @@
 //! passes) · [`api`] (gRPC) · [`config`] · [`serve`] (wiring).
 
 pub mod answered;
+pub mod api;
 pub mod broker;
 pub mod checker;
 pub mod clock;
@@ -16,6 +17,8 @@ pub mod producer;
 pub mod recovery;
 pub mod refresh;
 pub mod retention;
+pub mod serve;
+pub mod service;
 pub mod store;
 pub mod telemetry;
 pub mod topology;

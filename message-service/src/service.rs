@@ -55,8 +55,6 @@ const ENDING_BYTES: usize = 32 * 1024 * 1024;
 const ENDING_CALL_BYTES: usize = 16 * 1024;
 /// Reads of the console at a time; people can wait, producers should not wait for them.
 const CONSOLE_CALLS: usize = 16;
-/// Streams of consumers that are open at a time.
-const STREAMS: usize = 1_000;
 /// What a small call costs at the gate of bodies.
 const BODY_CALL_BYTES: usize = 1024;
 
@@ -129,10 +127,6 @@ pub struct Status {
     pub deliveries: Vec<DeliveryView>,
 }
 
-/// The right to hold a stream open; it is given back when dropped.
-#[derive(Debug)]
-pub struct StreamPermit(#[expect(dead_code, reason = "held for its drop")] gate::Permit);
-
 /// The verbs over one store and one broker.
 pub struct Service {
     store: Arc<dyn Store>,
@@ -145,7 +139,6 @@ pub struct Service {
     bodies: Gate,
     ending: Gate,
     console: Gate,
-    streams: Gate,
     undecided: Undecided,
     backlog: Backlog,
     failures: Failures,
@@ -188,7 +181,6 @@ impl Service {
                 ENDING_CALL_BYTES,
             ),
             console: Gate::new("reads of the console", CONSOLE_CALLS, 1),
-            streams: Gate::new("streams", STREAMS, 1),
             undecided: Undecided::new(settings.max_undecided),
             backlog: Backlog::new(settings.max_backlog_bytes),
             failures: Failures::default(),
@@ -201,13 +193,13 @@ impl Service {
         Arc::clone(&self.reachability)
     }
 
-    /// Lets a consumer open a stream on this subscription of this topic.
-    pub fn open_stream(
+    /// That a consumer may open a stream on this subscription of this topic.
+    pub fn check_stream(
         &self,
         topic: &str,
         subscription: &str,
         consumer: &str,
-    ) -> Result<StreamPermit, Error> {
+    ) -> Result<(), Error> {
         limits::name("open.topic", topic)?;
         limits::name("open.subscription", subscription)?;
         if !consumer.is_empty() {
@@ -218,7 +210,7 @@ impl Service {
             return Err(Error::UnknownTopic(topic.to_owned()));
         }
         match topology.subscriptions.get(subscription) {
-            Some(known) if known.topic == topic => self.streams.admit(1).map(StreamPermit),
+            Some(known) if known.topic == topic => Ok(()),
             Some(_) | None => Err(Error::UnknownSubscription(subscription.to_owned())),
         }
     }

@@ -2,6 +2,7 @@
 
 mod leftovers;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -96,7 +97,8 @@ fn report(done: Result<(), String>) -> ExitCode {
 }
 
 fn help_text() -> ExitCode {
-    println!("{HELP}");
+    // Whoever closed the pipe has read enough.
+    let _ = writeln!(std::io::stdout(), "{HELP}");
     ExitCode::SUCCESS
 }
 

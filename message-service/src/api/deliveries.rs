@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{convert, status, unreadable};
 use crate::service::embedded::{Embedded, Session};
-use crate::service::{Error, Invalid, Service, StreamPermit};
+use crate::service::{Error, Invalid, Service};
 
 /// A stream has to open within this time; one that stays silent holds a place for nothing.
 const OPEN_WITHIN: Duration = Duration::from_secs(10);
@@ -36,12 +36,11 @@ impl Api {
     }
 
     /// Opens a session for what the first request asks for.
-    fn open(&self, open: Open) -> Result<(Session, StreamPermit), Error> {
-        let permit = self
-            .service
-            .open_stream(&open.topic, &open.subscription, &open.consumer)?;
+    fn open(&self, open: Open) -> Result<Session, Error> {
+        self.service
+            .check_stream(&open.topic, &open.subscription, &open.consumer)?;
         let session = self.embedded.open(open.subscription, open.consumer);
-        Ok((session, permit))
+        session.map_err(|_too_many| Error::Overloaded { what: "streams" })
     }
 }
 
@@ -57,13 +56,10 @@ impl Deliveries for Api {
         let open = first(&mut requests).await?;
         let subscription = open.subscription.clone();
         let opened = self.open(open);
-        let (session, permit) = opened.map_err(|error| status::of_call(&error))?;
+        let session = opened.map_err(|error| status::of_call(&error))?;
         // One place: what the client has not taken yet must not pile up here.
         let (replies, stream) = mpsc::channel(1);
-        tokio::spawn(async move {
-            let _permit = permit;
-            carry(session, &subscription, requests, replies).await;
-        });
+        tokio::spawn(carry(session, subscription, requests, replies));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -100,7 +96,7 @@ async fn first(requests: &mut Streaming<proto::ConsumeRequest>) -> Result<Open, 
 /// Carries credit in and deliveries out until one side ends.
 async fn carry(
     mut session: Session,
-    subscription: &str,
+    subscription: String,
     mut requests: Streaming<proto::ConsumeRequest>,
     replies: mpsc::Sender<Sent>,
 ) {
@@ -120,7 +116,7 @@ async fn carry(
                     return session.lost();
                 }
             },
-            sent = next(&mut session, subscription, &replies) => if !sent {
+            sent = next(&mut session, &subscription, &replies) => if !sent {
                 return;
             },
         }

@@ -144,8 +144,11 @@ async fn a_shutdown_works_off_what_was_delivered_and_takes_nothing_new() {
     let (handler, gate) = world.gated();
     let subscriber = world.subscriber().await.prefetch(50).max_batch(1);
     let running = tokio::spawn(subscriber.run_batch(handler, world.shutdown.clone()));
+    gate.add_permits(1);
+    service.deliver(0, "ok");
+    service.until_answers(1).await;
     service.deliver_all((1..=5).map(|n| service.delivery(n, "ok")));
-    service.until("work", |script| script.sent == 5).await;
+    service.until("work", |script| script.sent == 6).await;
     world.shutdown.cancel();
     service
         .until("no credit", |script| script.credit == 0)
@@ -153,11 +156,11 @@ async fn a_shutdown_works_off_what_was_delivered_and_takes_nothing_new() {
     service.deliver(6, "ok");
     gate.add_permits(10);
     let report = world.stop(running).await;
-    assert_eq!((report.consumed, report.unanswered), (5, 0));
-    assert_eq!(world.all_effects().await, 5);
+    assert_eq!((report.consumed, report.unanswered), (6, 0));
+    assert_eq!(world.all_effects().await, 6);
     service.script(|script| {
-        assert_eq!(script.answers.len(), 5);
-        assert_eq!((script.sent, script.streams), (5, 1));
+        assert_eq!(script.answers.len(), 6);
+        assert_eq!((script.sent, script.streams), (6, 1));
     });
 }
 
@@ -171,9 +174,8 @@ async fn a_drain_ends_at_its_deadline() {
         .max_batch(1)
         .drain_deadline(Duration::from_millis(100));
     let running = tokio::spawn(subscriber.run_batch(handler, world.shutdown.clone()));
-    world.service.deliver(1, "ok");
-    world.service.until_answers(0).await;
     gate.add_permits(1);
+    world.service.deliver(1, "ok");
     world.service.until_answers(1).await;
     world.service.deliver(2, "ok");
     world.service.until("work", |script| script.sent == 2).await;

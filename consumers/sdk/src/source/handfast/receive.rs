@@ -50,6 +50,8 @@ impl Receive {
         let mut reachable = Reachable::new("receive deliveries", &self.address);
         while !stop.is_cancelled() {
             let opened = tokio::select! {
+                // A stream that has opened may carry deliveries already.
+                biased;
                 opened = self.open() => opened,
                 () = stop.cancelled() => break,
             };
