@@ -15,6 +15,7 @@ macro_rules! settings {
                 #[arg(
                     long,
                     env = $env,
+                    hide_env_values = true,
                     help = concat!($doc, " [default: ", $default, "]"),
                     $($arg)*
                 )]

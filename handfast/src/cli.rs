@@ -1,0 +1,128 @@
+//! The command line: one subcommand per task, one line per error.
+//!
+//! Exit codes: 0 it worked, 1 it failed, 2 it was called wrongly. A second SIGTERM or Ctrl-C
+//! ends `serve` at once with 128 and the number of the signal (143, 130). Whatever goes wrong
+//! is one line `error: …` on standard error.
+
+mod migrate;
+mod serve;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use clap::error::ErrorKind;
+
+/// Called wrongly; 1 is left for what was called rightly and failed.
+const USAGE: u8 = 2;
+
+/// Reliable messages between services: nothing lost, nothing invented.
+#[derive(Debug, clap::Parser)]
+#[command(
+    name = "handfast",
+    version,
+    after_help = "Example:\n  handfast serve --config handfast.toml"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Run the message service
+    Serve(Box<serve::Args>),
+    /// Bring the schema of the store up to date, or print it
+    Migrate(migrate::Args),
+}
+
+/// Why a command failed: one line that names what was attempted, the cause and the way out.
+#[derive(Debug)]
+struct Failure(String);
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// Runs the command that the process was started with.
+pub(crate) fn main() -> ExitCode {
+    if let Err(error) = handfast_fail_points::arm_from_environment() {
+        return fail(1, &format!("cannot arm the fail points: {error}"));
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return not_run(&error),
+    };
+    let done = match cli.command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Migrate(args) => migrate::run(args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure(line)) => fail(1, &line),
+    }
+}
+
+/// Help and version are answers; everything else is a call that cannot be understood.
+fn not_run(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // Whoever closed the pipe has read enough.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            fail(USAGE, "no subcommand was given; try handfast --help")
+        }
+        _ => fail(USAGE, &usage_line(&error.to_string())),
+    }
+}
+
+/// The first part of clap's text, which may have several lines, as one line.
+fn usage_line(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let said: Vec<_> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .filter(|line| !line.is_empty())
+        .collect();
+    format!("{}; try --help", said.join("; "))
+}
+
+fn fail(code: u8, text: &str) -> ExitCode {
+    let line: Vec<_> = text.lines().map(str::trim).collect();
+    // If standard error is gone, the exit code still tells.
+    let _ = writeln!(std::io::stderr(), "error: {}", line.join(" "));
+    ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_call_is_one_line() {
+        for wrong in [
+            &["handfast", "serve", "--lissen", "x"] as &[_],
+            &["handfast", "serve", "--lease-ms", "long"],
+            &["handfast", "servant"],
+            &["handfast", "migrate", "--owner", "fence"],
+            &["handfast", "serve", "--config"],
+        ] {
+            let error = Cli::try_parse_from(wrong).unwrap_err();
+            let line = usage_line(&error.to_string());
+            assert_eq!(line.lines().count(), 1, "{line}");
+            assert!(line.ends_with("; try --help"), "{line}");
+            assert!(!line.contains("Usage"), "{line}");
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Which part gets which: the store, the broker, the verbs and the passes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::TryRngCore as _;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::answered::Answered;
+use crate::broker::Broker;
+use crate::broker::embedded::{self, Embedded};
+use crate::checker::{self, Checker};
+use crate::clock::Clock;
+use crate::config::Server;
+use crate::producer::grpc::{self, GrpcStatus};
+use crate::recovery::{self, Recovery};
+use crate::refresh::{self, Refresh};
+use crate::retention::{self, Retention};
+use crate::service::{self, Service};
+use crate::store::Store;
+use crate::topology::Snapshot;
+
+/// A lease on a check outlives its call by at least this much.
+const CHECK_MARGIN: Duration = Duration::from_secs(1);
+
+/// Everything that runs behind the API.
+pub(super) struct Parts {
+    pub(super) store: Arc<dyn Store>,
+    pub(super) embedded: Arc<Embedded>,
+    pub(super) service: Arc<Service>,
+    checker: Arc<Checker>,
+    recovery: Arc<Recovery>,
+    retention: Arc<Retention>,
+    refresh: Arc<Refresh>,
+    /// Ends the passes.
+    pub(super) stop: CancellationToken,
+    /// The passes that run.
+    pub(super) passes: TaskTracker,
+}
+
+/// A number that no other start of this program has, for jitter and lease tokens.
+pub(super) fn seed() -> Result<u64, rand::rand_core::OsError> {
+    rand::rngs::OsRng.try_next_u64()
+}
+
+impl Parts {
+    /// Joins the parts. Nothing runs yet.
+    pub(super) fn assemble(
+        server: &Server,
+        store: Arc<dyn Store>,
+        topology: Arc<Snapshot>,
+        clock: Arc<dyn Clock>,
+        seed: u64,
+    ) -> Self {
+        let answered = Arc::new(Answered::default());
+        let embedded = Embedded::new(
+            Arc::clone(&store),
+            Arc::clone(&topology),
+            Arc::clone(&clock),
+            embedded::Settings {
+                lease: server.lease,
+                resend_after: server.resend_after,
+                ..embedded::Settings::default()
+            },
+        );
+        let broker: Arc<dyn Broker> = embedded.clone();
+        let service = Service::new(
+            Arc::clone(&store),
+            Arc::clone(&topology),
+            Arc::clone(&broker),
+            Arc::clone(&answered),
+            service::Settings {
+                limits: server.limits,
+                inflight_bytes: server.inflight_bytes,
+                max_undecided: server.max_undecided,
+                max_backlog_bytes: server.max_backlog_bytes,
+            },
+        );
+        let reachability = service.reachability();
+        let checker = Checker::new(
+            Arc::clone(&store),
+            Arc::clone(&broker),
+            Arc::new(GrpcStatus::new(grpc::Settings {
+                call_timeout: server.check_call,
+                connect_timeout: grpc::Settings::default()
+                    .connect_timeout
+                    .min(server.check_call),
+            })),
+            Arc::clone(&topology),
+            Arc::new(move |producer: &str, reachable| reachability.set(producer, reachable)),
+            checker::Settings {
+                lease: server.lease.max(server.check_call + CHECK_MARGIN),
+                seed,
+                ..checker::Settings::default()
+            },
+        );
+        let recovery = Recovery::new(
+            Arc::clone(&store),
+            broker,
+            answered,
+            Arc::clone(&topology),
+            Arc::clone(&clock),
+            recovery::Settings {
+                grace: server.start_grace,
+                passed_by: server.passed_by,
+                resend_after: server.resend_after,
+                seed,
+                ..recovery::Settings::default()
+            },
+        );
+        let periods = retention::Settings::default();
+        let retention = Retention::new(
+            Arc::clone(&store),
+            clock,
+            retention::Settings {
+                keep: server.retention,
+                bucket_span: server.bucket,
+                // Spans that are shorter than the usual period are somebody's test.
+                period: periods.period.min(server.retention).min(server.bucket),
+                seed,
+            },
+        );
+        let refresh = Refresh::new(Arc::clone(&store), topology, refresh::PERIOD, seed);
+        Self {
+            store,
+            embedded,
+            service,
+            checker,
+            recovery,
+            retention,
+            refresh,
+            stop: CancellationToken::new(),
+            passes: TaskTracker::new(),
+        }
+    }
+
+    /// Starts the passes.
+    pub(super) fn start(&self) {
+        let stop = || self.stop.clone();
+        self.passes.spawn(Arc::clone(&self.checker).run(stop()));
+        self.passes.spawn(Arc::clone(&self.recovery).run(stop()));
+        self.passes.spawn(Arc::clone(&self.retention).run(stop()));
+        self.passes.spawn(Arc::clone(&self.refresh).run(stop()));
+        self.passes.close();
+    }
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts")
+            .field("embedded", &self.embedded)
+            .field("service", &self.service)
+            .finish_non_exhaustive()
+    }
+}
