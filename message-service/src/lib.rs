@@ -22,3 +22,6 @@ pub mod service;
 pub mod store;
 pub mod telemetry;
 pub mod topology;
+
+#[cfg(test)]
+mod world;

@@ -93,6 +93,12 @@ impl Session {
     pub async fn next(&mut self) -> Option<Vec<Sending>> {
         self.sendings.next().await
     }
+
+    /// True if no batch is ready.
+    #[cfg(test)]
+    pub(super) fn sendings_is_empty(&self) -> bool {
+        self.sendings.batches.is_empty()
+    }
 }
 
 impl Grants {

@@ -179,18 +179,19 @@ impl Serving {
 
     /// Until when nothing more is due, if the claim found all there was.
     fn quiet_until(&self, claimed: &Claimed, lane: Lane, now: Duration) -> Option<Duration> {
+        // Zero says that more is due now.
+        let next_due_in = claimed.next_due_in.filter(|wait| !wait.is_zero());
         let found_all = match lane {
             Lane::Alone => claimed.deliveries.is_empty(),
             Lane::Normal { limit, max_bytes } => {
                 let bytes: usize = claimed.deliveries.iter().map(settle::body_bytes).sum();
-                // The claim also ends before a body that would not have fitted. A larger one
-                // than what is left here is possible and then waits for the next poll.
-                claimed.next_due_in.is_some()
-                    || (claimed.deliveries.len() < limit && bytes < max_bytes / 4)
+                // The claim also ends before a body that would not have fitted. One that is
+                // larger than what is left here is possible, and then waits for the next poll.
+                next_due_in.is_some() || (claimed.deliveries.len() < limit && bytes < max_bytes / 4)
             }
         };
         let poll = self.embedded.settings.poll;
-        let wait = claimed.next_due_in.map_or(poll, |due| due.min(poll));
+        let wait = next_due_in.map_or(poll, |due| due.min(poll));
         found_all.then(|| now + wait.max(SHORTEST_WAIT))
     }
 
