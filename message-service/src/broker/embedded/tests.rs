@@ -453,3 +453,64 @@ async fn a_backlog_costs_no_memory() {
     scene.until_streams(0).await;
     assert_eq!(scene.world.store.calls("return_deliveries"), 10);
 }
+
+/// A consumer that answers some of what it gets and vanishes in the middle of the rest.
+async fn unreliable(scene: Arc<Scene>, seed: u64, left: Arc<std::sync::atomic::AtomicUsize>) {
+    use rand::rngs::StdRng;
+    use rand::{Rng as _, SeedableRng as _};
+
+    let mut chance = StdRng::seed_from_u64(seed);
+    while left.load(Ordering::SeqCst) > 0 {
+        let mut session = scene.open();
+        for _ in 0..chance.random_range(1..8) {
+            session.credit(chance.random_range(1..40));
+            // Time passes on the clock that decides too, so that schedules come to their end.
+            scene.world.clock.advance(Duration::from_secs(1));
+            let wait = Duration::from_millis(20);
+            let Ok(batch) = tokio::time::timeout(wait, session.next()).await else {
+                continue;
+            };
+            for sending in batch.unwrap() {
+                if chance.random_bool(0.9) {
+                    scene.answer(&sending, AnswerKind::Consumed).await;
+                    left.fetch_sub(1, Ordering::SeqCst);
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_is_consumed_by_consumers_that_keep_vanishing() {
+    const MESSAGES: usize = 400;
+    let world = World::with_policy(crate::message::DeliveryPolicy {
+        schedule: vec![Duration::from_secs(3)],
+        attempts: crate::message::Attempts::Unlimited,
+        max_age: None,
+    })
+    .await;
+    let settings = Settings {
+        poll: Duration::from_millis(5),
+        sent_flush: Duration::from_millis(20),
+        lease: NEVER,
+        resend_after: NEVER,
+        ..Settings::default()
+    };
+    let broker = Embedded::new(
+        world.store.clone(),
+        world.topology.clone(),
+        world.clock.clone(),
+        settings,
+    );
+    let scene = Arc::new(Scene { world, broker });
+    scene.publish(1..=MESSAGES as u128).await;
+    let left = Arc::new(std::sync::atomic::AtomicUsize::new(MESSAGES));
+    let consumers = (0..4).map(|seed| unreliable(Arc::clone(&scene), seed, Arc::clone(&left)));
+    let all = futures_util::future::join_all(consumers);
+    tokio::time::timeout(3 * DEADLINE, all).await.unwrap();
+    scene.until_streams(0).await;
+    assert_eq!(scene.broker.lock().held(), 0);
+    let counts = scene.world.store.counts().await.unwrap();
+    let accounting = &counts.subscriptions[0];
+    assert_eq!((accounting.pending, accounting.sent), (0, 0));
+}
