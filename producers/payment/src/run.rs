@@ -98,6 +98,8 @@ pub async fn serve(
     let job_after = (2 * options.job_interval()).max(MIN_JOB_AFTER);
     let payments = Payments::new(store.clone(), producer.clone(), job_after);
 
+    let status_address = status_listener.local_addr().ok();
+
     // Ends when the caller says so, or when one of the parts has failed.
     let stop = shutdown.child_token();
     let status_stop = CancellationToken::new();
@@ -118,8 +120,8 @@ pub async fn serve(
         stop.clone(),
     ));
     tracing::info!(
-        listen = %options.listen,
-        status_listen = %options.status_listen,
+        listen = ?listener.local_addr().ok(),
+        status_listen = ?status_address,
         database = %options.database.display(),
         "payment serves"
     );

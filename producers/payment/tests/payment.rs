@@ -1,5 +1,7 @@
 //! One deduction per order, whatever is repeated, lost or unreachable.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
+
 #[expect(dead_code, reason = "the SDK's tests use more of it than these")]
 #[path = "../../sdk/tests/sdk/scripted.rs"]
 mod scripted;

@@ -1,5 +1,7 @@
 //! The SDK against a service that runs in this process and can be told to misbehave.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
+
 mod scripted;
 mod status;
 mod transact;
