@@ -4,6 +4,8 @@
 //! ends `serve` at once with 128 and the number of the signal (143, 130). Whatever goes wrong
 //! is one line `error: …` on standard error.
 
+#[cfg(feature = "demo")]
+mod demo;
 mod migrate;
 mod serve;
 
@@ -34,6 +36,13 @@ enum Command {
     Serve(Box<serve::Args>),
     /// Bring the schema of the store up to date, or print it
     Migrate(migrate::Args),
+    /// Pay, kill every process, and show that everything adds up
+    #[cfg(feature = "demo")]
+    Demo(demo::Args),
+    /// One process of the demo
+    #[cfg(feature = "demo")]
+    #[command(name = crate::demo::SUBCOMMAND, hide = true)]
+    DemoParty(demo::Party),
 }
 
 /// Why a command failed: one line that names what was attempted, the cause and the way out.
@@ -58,6 +67,10 @@ pub(crate) fn main() -> ExitCode {
     let done = match cli.command {
         Command::Serve(args) => serve::run(*args),
         Command::Migrate(args) => migrate::run(args),
+        #[cfg(feature = "demo")]
+        Command::Demo(args) => return demo::run(args),
+        #[cfg(feature = "demo")]
+        Command::DemoParty(party) => party.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -16,7 +16,12 @@ use super::Failure;
     handfast migrate --print --owner inbox | sqlite3 accounting.db")]
 pub(super) struct Args {
     /// The store to migrate: sqlite:FILE [default: the one in the configuration file]
-    #[arg(long, env = "HANDFAST_STORE", hide_env_values = true, value_name = "URL")]
+    #[arg(
+        long,
+        env = "HANDFAST_STORE",
+        hide_env_values = true,
+        value_name = "URL"
+    )]
     store: Option<String>,
 
     /// The configuration file that names the store [default: handfast.toml]
@@ -55,7 +60,10 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
     let applied = runtime.block_on(sqlite::migrate(&file))?;
     let version = Owner::MessageService.latest();
     say(&if args.json {
-        format!("{}\n", serde_json::json!({ "applied": applied, "version": version }))
+        format!(
+            "{}\n",
+            serde_json::json!({ "applied": applied, "version": version })
+        )
     } else if applied == 0 {
         format!("{} is up to date at version {version}\n", file.display())
     } else {

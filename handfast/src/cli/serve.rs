@@ -25,7 +25,10 @@ pub(super) struct Args {
     #[arg(long, env = "HANDFAST_CONFIG", value_name = "FILE", default_value = DEFAULT_FILE)]
     config: PathBuf,
 
-    #[command(flatten, next_help_heading = "Instead of what the file says in [server]")]
+    #[command(
+        flatten,
+        next_help_heading = "Instead of what the file says in [server]"
+    )]
     settings: Settings,
 }
 
@@ -65,7 +68,10 @@ impl Signals {
     /// nothing is lost by it.
     async fn run(mut self, stop: CancellationToken) {
         let first = self.next().await;
-        tracing::info!(signal = first.as_raw_value(), "stopping; once more ends at once");
+        tracing::info!(
+            signal = first.as_raw_value(),
+            "stopping; once more ends at once"
+        );
         stop.cancel();
         let second = self.next().await;
         std::process::exit(128 + second.as_raw_value());
