@@ -14,7 +14,7 @@ use std::time::Duration;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::timeout;
 
 use super::Error;
@@ -51,6 +51,8 @@ pub(crate) enum Died {
 pub(crate) struct Party {
     role: Role,
     child: Child,
+    /// Kept apart from the child, because waiting for a child closes what it has.
+    _lifeline: Option<ChildStdin>,
 }
 
 impl Party {
@@ -80,8 +82,13 @@ impl Party {
             }
         }
         command.env(handfast_fail_points::ENVIRONMENT, fail_points(role, death));
-        let child = command.spawn()?;
-        Ok(Self { role, child })
+        let mut child = command.spawn()?;
+        let lifeline = child.stdin.take();
+        Ok(Self {
+            role,
+            child,
+            _lifeline: lifeline,
+        })
     }
 
     /// Waits until the process ends by itself, which is right only at its fail point.
