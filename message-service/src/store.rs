@@ -246,7 +246,7 @@ pub struct Claimed {
     pub deliveries: Vec<DeliveryClaim>,
     /// Something is due that has to be sent alone.
     pub alone_waits: bool,
-    /// How long until the next delivery is due, if one is known and nothing more is due now.
+    /// How long until the next delivery is due, if one is known; zero if more is due now.
     pub next_due_in: Option<Duration>,
 }
 
@@ -398,6 +398,9 @@ pub struct EventView {
     pub detail: String,
 }
 
+/// Headers and payload of a message.
+pub type Body = (Vec<(String, String)>, Vec<u8>);
+
 /// Everything about one message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shown {
@@ -407,8 +410,8 @@ pub struct Shown {
     pub deliveries: Vec<DeliveryView>,
     /// Its rare events by time.
     pub events: Vec<EventView>,
-    /// Headers and payload, if they were asked for.
-    pub body: Option<(Vec<(String, String)>, Vec<u8>)>,
+    /// If it was asked for.
+    pub body: Option<Body>,
 }
 
 /// How many of what.

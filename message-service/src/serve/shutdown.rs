@@ -56,7 +56,10 @@ impl Running {
             self.server.abort();
             tracing::warn!("the deadline came before all calls were answered; they are cut off");
         }
-        if timeout_at(deadline, self.parts.passes.wait()).await.is_err() {
+        if timeout_at(deadline, self.parts.passes.wait())
+            .await
+            .is_err()
+        {
             tracing::warn!("the deadline came before all passes ended");
         }
         self.close().await;

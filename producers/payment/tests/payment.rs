@@ -404,31 +404,3 @@ async fn what_cannot_be_opened_or_listened_on_is_one_line() {
         assert!(!error.contains('\n'), "{error}");
     }
 }
-
-/// Run with `--ignored --nocapture`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "measures; says nothing about right or wrong"]
-async fn how_fast_sixty_four_callers_pay() {
-    let world = World::new().await;
-    open_account(&world.pool, "rich", 1_000_000).await.unwrap();
-    const PAYMENTS: usize = 3_000;
-    let next = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-    let began = tokio::time::Instant::now();
-    let mut callers = JoinSet::new();
-    for _ in 0..64 {
-        let (client, next) = (world.client.clone(), next.clone());
-        callers.spawn(async move {
-            loop {
-                let order = next.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-                if order >= PAYMENTS {
-                    return;
-                }
-                let paid = pay_with(client.clone(), &order.to_string(), "rich", 1).await;
-                assert_eq!(paid.unwrap().status(), PaymentStatus::Paid);
-            }
-        });
-    }
-    callers.join_all().await;
-    let seconds = began.elapsed().as_secs_f64();
-    println!("{:.0} payments a second", PAYMENTS as f64 / seconds);
-}

@@ -53,7 +53,7 @@ pub(crate) async fn the_same_id_with_other_content_is_refused_and_nothing_change
     });
     assert_eq!(
         prepare(&*store, vec![other.clone()]).await,
-        [refused.clone()]
+        std::slice::from_ref(&refused)
     );
     assert_eq!(store.publish(vec![other]).await.unwrap().items, [refused]);
     assert_eq!(store.show(id(1), true).await.unwrap(), before);

@@ -8,8 +8,8 @@ use std::time::Duration;
 use handfast_migrations::Owner;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use sqlx::{ConnectOptions as _, Connection as _};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
+use sqlx::{ConnectOptions as _, Connection as _};
 
 use super::{Readers, SqliteStore, StoreClock, Writer, bodies};
 use crate::clock::Clock;
