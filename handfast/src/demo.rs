@@ -125,7 +125,9 @@ pub(crate) async fn run<S>(
 ) -> Result<Option<S>, Error> {
     let mut chance = StdRng::from_os_rng();
     // Small enough to be typed again.
-    let seed = options.seed.unwrap_or_else(|| u64::from(chance.random::<u32>()));
+    let seed = options
+        .seed
+        .unwrap_or_else(|| u64::from(chance.random::<u32>()));
     let plan = Arc::new(Plan::draw(seed, options.payments));
     let home = Arc::new(Home::make(options.keep.as_deref(), &mut chance)?);
     let opening = report::opening(&plan, &home);
@@ -243,7 +245,10 @@ impl Run {
     /// Ends when no order was settled for longer than anybody's patience.
     async fn standstill(&self) {
         let mut stage = self.stage.subscribe();
-        while tokio::time::timeout(PATIENCE, stage.changed()).await.is_ok() {}
+        while tokio::time::timeout(PATIENCE, stage.changed())
+            .await
+            .is_ok()
+        {}
     }
 
     /// Waits until everything is delivered and everybody has died who was to.

@@ -55,12 +55,11 @@ impl Home {
     pub(crate) fn make(keep: Option<&Path>, chance: &mut impl Rng) -> Result<Self, Error> {
         let ports = free_ports(chance)?;
         let Some(keep) = keep else {
-            let temporary = TempDir::with_prefix("handfast-demo-").map_err(|source| {
-                Error::Folder {
+            let temporary =
+                TempDir::with_prefix("handfast-demo-").map_err(|source| Error::Folder {
                     path: std::env::temp_dir(),
                     source,
-                }
-            })?;
+                })?;
             return Ok(Self {
                 path: temporary.path().to_owned(),
                 temporary: Some(temporary),

@@ -172,7 +172,12 @@ impl Lives {
         let mut party = Party::start(self.role, &self.home, Some(life.death))?;
         let stage = &mut self.stage;
         // False if the run is over, and nobody tells any more.
-        let time = async { stage.wait_for(|stage| stage.is_time_for(life)).await.is_ok() };
+        let time = async {
+            stage
+                .wait_for(|stage| stage.is_time_for(life))
+                .await
+                .is_ok()
+        };
         let died = tokio::select! {
             died = party.aborted(&self.home) => match died? {
                 Died::Killed => return Err(unplanned(self.role, Ok(Died::Killed))),

@@ -169,11 +169,7 @@ impl Market {
 
     /// Asks until the answer is final. A call that ends without an answer says nothing about
     /// the payment, so it is repeated as it was; while payment works on it, it is looked at.
-    async fn ask(
-        &self,
-        client: &PaymentClient<Channel>,
-        order: &Order,
-    ) -> Result<Answer, Error> {
+    async fn ask(&self, client: &PaymentClient<Channel>, order: &Order) -> Result<Answer, Error> {
         let mut is_known = false;
         loop {
             let call = async {
@@ -202,10 +198,7 @@ impl Market {
     }
 }
 
-async fn pay(
-    mut client: PaymentClient<Channel>,
-    order: &Order,
-) -> Result<PaymentStatus, Status> {
+async fn pay(mut client: PaymentClient<Channel>, order: &Order) -> Result<PaymentStatus, Status> {
     let request = PayRequest {
         caller: order.caller(),
         order_id: order.order_id(),
@@ -215,10 +208,7 @@ async fn pay(
     Ok(client.pay(request).await?.into_inner().status())
 }
 
-async fn look(
-    mut client: PaymentClient<Channel>,
-    order: &Order,
-) -> Result<PaymentStatus, Status> {
+async fn look(mut client: PaymentClient<Channel>, order: &Order) -> Result<PaymentStatus, Status> {
     let request = GetPaymentRequest {
         caller: order.caller(),
         order_id: order.order_id(),

@@ -165,7 +165,10 @@ fn arguments(role: Role, home: &Home) -> Vec<OsString> {
     let service = format!("http://{}", home.service());
     let database = home.database(role);
     let list = |items: &[&dyn AsRef<std::ffi::OsStr>]| {
-        items.iter().map(|item| (*item).as_ref().to_owned()).collect()
+        items
+            .iter()
+            .map(|item| (*item).as_ref().to_owned())
+            .collect()
     };
     match role {
         Role::Service => list(&[&"service", &"--config", &home.config()]),

@@ -41,12 +41,8 @@ pub(crate) enum Role {
 
 impl Role {
     /// Every process, in the order in which they are started.
-    pub(crate) const ALL: [Self; 4] = [
-        Self::Service,
-        Self::Payment,
-        Self::Accounting,
-        Self::Points,
-    ];
+    pub(crate) const ALL: [Self; 4] =
+        [Self::Service, Self::Payment, Self::Accounting, Self::Points];
 
     /// Its name in tables, files and command lines.
     pub(crate) const fn name(self) -> &'static str {
@@ -167,7 +163,7 @@ pub(crate) struct Life {
     /// How it ends.
     pub(crate) death: Death,
     /// How many orders are settled when SIGKILL comes. For an abort it is the latest moment;
-    /// None waits for the abort until everything else is over.
+    /// None waits for the abort until everything else is over, and then SIGKILL comes.
     pub(crate) at: Option<u64>,
     /// How long the process stays away afterwards, in milliseconds.
     pub(crate) away_ms: u64,
@@ -244,7 +240,10 @@ impl Plan {
 
     /// How many orders cannot be paid.
     pub(crate) fn too_much(&self) -> usize {
-        self.orders.iter().filter(|order| order.is_too_much()).count()
+        self.orders
+            .iter()
+            .filter(|order| order.is_too_much())
+            .count()
     }
 
     /// How many orders are asked for more than once.
@@ -317,8 +316,15 @@ const DEATHS: [(u64, [usize; 4]); 4] = [
     (0, [1, 1, 1, 1]),
 ];
 
-/// Below this a planned moment means nothing: an abort is waited for.
+/// Below this a moment in the load means nothing: every abort is waited for.
 const FEW_PAYMENTS: u64 = 10;
+
+/// Aborts that a run is not complete without: they are waited for, whatever the size.
+const PROMISED: [Point; 3] = [
+    Point::PRODUCER_AFTER_COMMIT,
+    Point::PRODUCER_BEFORE_COMMIT,
+    Point::CONSUMER_AFTER_COMMIT,
+];
 
 /// Where the service is busy under this load.
 const SERVICE_POINTS: [Point; 9] = [
@@ -361,7 +367,7 @@ fn lives(chance: &mut StdRng, role: Role, payments: u64) -> Vec<Life> {
     let mut ways = ways(chance, role);
     ways.truncate(count);
     ways.shuffle(chance);
-    // The load's first tenth and last fifth are left in peace.
+    // The load's last fifth is left to those who come back.
     let slot = (payments * 7 / 10 / count as u64).max(1);
     let begin = payments / 10;
     let last = ways.len().saturating_sub(1);
@@ -377,7 +383,11 @@ fn lives(chance: &mut StdRng, role: Role, payments: u64) -> Vec<Life> {
         Life {
             death: way.map_or(Death::Kill, |point| Death::Abort { point, nth }),
             at: match way {
-                Some(_) if payments < FEW_PAYMENTS || index == last => None,
+                Some(point)
+                    if payments < FEW_PAYMENTS || index == last || PROMISED.contains(&point) =>
+                {
+                    None
+                }
                 Some(_) => Some(slot_begins + slot),
                 None => Some(at.min(payments)),
             },
@@ -391,11 +401,7 @@ fn lives(chance: &mut StdRng, role: Role, payments: u64) -> Vec<Life> {
 fn ways(chance: &mut StdRng, role: Role) -> Vec<Option<Point>> {
     let mut one_of = |points: &[Point]| Some(points[chance.random_range(0..points.len())]);
     match role {
-        Role::Service => vec![
-            one_of(&SERVICE_POINTS),
-            None,
-            one_of(&SERVICE_POINTS),
-        ],
+        Role::Service => vec![one_of(&SERVICE_POINTS), None, one_of(&SERVICE_POINTS)],
         Role::Payment => vec![
             Some(Point::PRODUCER_AFTER_COMMIT),
             Some(Point::PRODUCER_BEFORE_COMMIT),
@@ -425,8 +431,8 @@ fn nth(chance: &mut StdRng, point: Point, slot: u64) -> u64 {
         | Point::PRODUCER_ROLLBACK_FENCED
         | Point::PRODUCER_CHECK_BEFORE_COMMIT
         | Point::PRODUCER_CHECK_AFTER_COMMIT => slot / 100,
-        // Once per batch.
-        _ => (slot / 25).min(20),
+        // Once per batch, and a batch may be large.
+        _ => (slot / 25).min(12),
     };
     chance.random_range(1..=passings.max(1))
 }

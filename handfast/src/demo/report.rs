@@ -97,12 +97,18 @@ pub(crate) fn table(plan: &Plan, tally: &Tally, verdict: &Verdict, elapsed_s: f6
             (
                 "confirmed",
                 n.confirmed_by_producer + n.confirmed_by_check,
-                format!("of them {} only because the service asked", n.confirmed_by_check),
+                format!(
+                    "of them {} only because the service asked",
+                    n.confirmed_by_check
+                ),
             ),
             (
                 "cancelled",
                 n.cancelled_by_producer + n.cancelled_by_check,
-                format!("of them {} only because the service asked", n.cancelled_by_check),
+                format!(
+                    "of them {} only because the service asked",
+                    n.cancelled_by_check
+                ),
             ),
             ("vouchers", n.accounting_effects, "by accounting".to_owned()),
             ("grants", n.points_effects, "by points".to_owned()),
@@ -119,19 +125,38 @@ pub(crate) fn table(plan: &Plan, tally: &Tally, verdict: &Verdict, elapsed_s: f6
     section(
         "What must be zero",
         &[
-            ("lost", n.lost, "paid, but not booked or not rewarded".to_owned()),
-            ("phantom", n.phantom, "booked or rewarded, but not paid".to_owned()),
-            ("doubled", n.doubled, "paid, booked or rewarded twice".to_owned()),
+            (
+                "lost",
+                n.lost,
+                "paid, but not booked or not rewarded".to_owned(),
+            ),
+            (
+                "phantom",
+                n.phantom,
+                "booked or rewarded, but not paid".to_owned(),
+            ),
+            (
+                "doubled",
+                n.doubled,
+                "paid, booked or rewarded twice".to_owned(),
+            ),
             (
                 "unbalanced",
                 n.unbalanced,
                 "vouchers that do not sum to zero".to_owned(),
             ),
-            ("unfinished", n.unfinished, "left undecided or undelivered".to_owned()),
+            (
+                "unfinished",
+                n.unfinished,
+                "left undecided or undelivered".to_owned(),
+            ),
         ],
     );
     let _ = if verdict.complaints.is_empty() {
-        writeln!(text, "\nIt adds up: every number was read from the databases. {elapsed_s:.1} s")
+        writeln!(
+            text,
+            "\nIt adds up: every number was read from the databases. {elapsed_s:.1} s"
+        )
     } else {
         writeln!(text, "\nIt does NOT add up. {elapsed_s:.1} s")
     };

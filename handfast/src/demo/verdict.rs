@@ -27,7 +27,9 @@ impl Verdict {
         complaints.extend(numbers.broken_equations());
         let conflicts = books.conflicts().await?;
         if conflicts > 0 {
-            complaints.push(format!("conflict: {conflicts} messages are marked CONFLICT"));
+            complaints.push(format!(
+                "conflict: {conflicts} messages are marked CONFLICT"
+            ));
         }
         complaints.extend(wrong_balances(plan, books.balances().await?));
         complaints.extend(wrong_answers(plan, answers));
