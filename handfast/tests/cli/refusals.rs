@@ -1,6 +1,6 @@
 //! What is wrong is one line with the way out, and the right exit code.
 
-use crate::process::{Serving, command, folder, line_of, output, printed, refused};
+use crate::process::{Serving, command, folder, printed, refused};
 
 const SERVE: [&str; 3] = ["serve", "--listen", "127.0.0.1:0"];
 
@@ -155,14 +155,4 @@ async fn a_newer_schema_is_refused() {
         line.contains("version 99") && line.contains("newer program"),
         "{line}"
     );
-}
-
-#[tokio::test]
-async fn a_fail_point_that_does_not_exist_is_refused() {
-    let folder = folder("");
-    let mut armed = command(folder.path(), &SERVE);
-    armed.env("HANDFAST_FAIL_POINTS", "service.nothing=abort@1");
-    let (code, line) = line_of(&output(armed).await);
-    assert_eq!(code, 1);
-    assert!(line.contains("no fail point `service.nothing`"), "{line}");
 }
