@@ -1,6 +1,7 @@
 //! `handfast demo` from the outside: what it says, how it ends, and what it leaves behind.
 
 #![cfg(feature = "demo")]
+#![expect(clippy::unwrap_used, reason = "a test fails loudly")]
 
 use std::io::Read as _;
 use std::path::Path;

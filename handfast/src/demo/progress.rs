@@ -9,7 +9,6 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::plan::Role;
 use super::tally::Tally;
 
 const REDRAW: Duration = Duration::from_millis(100);
@@ -60,20 +59,19 @@ impl Drop for Progress {
     }
 }
 
+/// Short enough for a narrow terminal, where a line that wraps cannot be drawn again.
 fn line(tally: &Tally, orders: usize, elapsed: Duration) -> String {
-    let kills = Role::ALL.map(|role| format!("{role} {}", tally.kills(role)));
     let in_flight = tally.in_flight.load(Ordering::Relaxed);
-    let settled = tally.settled();
-    let doing = if settled < orders as u64 {
+    let doing = if tally.settled() < orders as u64 {
         format!("{in_flight} in flight")
     } else {
-        "waiting until everything is delivered".to_owned()
+        "delivering".to_owned()
     };
     format!(
-        "{:>5.1} s  {} paid, {} refused of {orders} · {doing} · killed: {}",
+        "{:>5.1} s  {} paid, {} refused of {orders}, {doing}, {} killed",
         elapsed.as_secs_f64(),
         tally.paid.load(Ordering::Relaxed),
         tally.refused.load(Ordering::Relaxed),
-        kills.join(", ")
+        tally.fallen().len()
     )
 }

@@ -156,7 +156,8 @@ mod tests {
 
     #[test]
     fn each_number_that_is_wrong_is_named() {
-        let changes: [(&str, fn(&mut Numbers)); 9] = [
+        type Change = fn(&mut Numbers);
+        let changes: [(&str, Change); 9] = [
             ("lost", |n| n.lost += 1),
             ("phantom", |n| n.phantom += 1),
             ("doubled", |n| n.doubled += 1),
