@@ -13,6 +13,8 @@ use crate::message::limits::{HARD_PAYLOAD_BYTES, Limits};
 const MOST_MS: u64 = 24 * 3600 * 1000;
 /// No span of seconds may be longer: ten years.
 const MOST_S: u64 = 10 * 365 * 24 * 3600;
+/// More calls than this are not held, whatever the machine has: half a GiB.
+const MOST_INFLIGHT_BYTES: u64 = 512 * 1024 * 1024;
 /// No number of bytes or messages may be larger: what a signed column can hold, with room.
 const MOST_COUNT: u64 = 1 << 60;
 
@@ -83,15 +85,15 @@ impl Server {
         })?;
         let store = engines::check(&values.store, &values.broker)?;
         check_order(&values)?;
-        let payload_bytes = bytes("payload_bytes", values.payload_bytes, 1, {
-            HARD_PAYLOAD_BYTES as u64
-        })?;
+        let hard = HARD_PAYLOAD_BYTES as u64;
+        let payload_bytes = bytes("payload_bytes", values.payload_bytes, 1, hard)?;
         // A call of the largest size has to fit, or it could never be admitted.
+        let largest_call = handfast_proto::MAX_CALL_BYTES as u64;
         let inflight_bytes = bytes(
             "inflight_bytes",
             values.inflight_bytes,
-            handfast_proto::MAX_CALL_BYTES as u64,
-            u64::from(u32::MAX >> 3),
+            largest_call,
+            MOST_INFLIGHT_BYTES,
         )?;
         Ok(Self {
             listen,
