@@ -53,7 +53,7 @@ pub(crate) fn opening(plan: &Plan, home: &Home) -> String {
 pub(crate) fn table(plan: &Plan, tally: &Tally, verdict: &Verdict, elapsed_s: f64) -> String {
     let n = &verdict.numbers;
     let effects = n.accounting_effects + n.points_effects;
-    let mut text = String::from("\nWhat was killed\n");
+    let mut text = String::from("\nWhat was killed (after how many settled orders)\n");
     for role in Role::ALL {
         let fallen = tally.fallen();
         let theirs = fallen.iter().filter(|fallen| fallen.role == role);
