@@ -36,6 +36,9 @@ pub fn install(filter: &str, format: LogFormat) -> Result<(), Error> {
         })?;
     let lines = tracing_subscriber::fmt()
         .with_env_filter(parsed)
+        // If nobody reads the log any more, that must not be written about to the same place:
+        // the attempt would panic in whatever task had something to say.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match format {
         // Colours are for eyes; in a file or a pipe they hide words from a search.

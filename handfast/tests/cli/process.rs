@@ -127,4 +127,12 @@ impl Serving {
         let status = timeout(SOON, self.child.wait()).await.unwrap().unwrap();
         (status, said)
     }
+
+    /// Nobody reads its log any more; returns how it ended once it has.
+    pub(crate) async fn end_unheard(mut self, signal: Signal) -> ExitStatus {
+        drop(self.log);
+        let id = i32::try_from(self.child.id().unwrap()).unwrap();
+        kill(Pid::from_raw(id), signal).unwrap();
+        timeout(SOON, self.child.wait()).await.unwrap().unwrap()
+    }
 }

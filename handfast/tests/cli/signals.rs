@@ -53,6 +53,14 @@ async fn sigterm_and_ctrl_c_end_with_0_and_watchers_see_it_first() {
     }
 }
 
+#[tokio::test]
+async fn a_log_that_nobody_reads_any_more_does_not_keep_it_from_stopping() {
+    let folder = folder(TOPOLOGY);
+    let serving = Serving::start(folder.path()).await;
+    let status = serving.end_unheard(Signal::SIGTERM).await;
+    assert_eq!(status.code(), Some(0));
+}
+
 /// Opens a call that the server cannot finish, and returns once the server has begun it.
 async fn hang(channel: &Channel) -> tokio::task::JoinHandle<()> {
     let mut client = DeliveriesClient::new(channel.clone());
