@@ -114,3 +114,8 @@ pub use inbox::{InboxDatabase, Seen, Tx, migrate};
 pub use message::{Answer, Delivered};
 pub use report::Report;
 pub use source::{Source, handfast};
+
+/// The guide's examples, so that they compile as long as the guide is true.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/guide/consumer.md")]
+pub struct Guide;

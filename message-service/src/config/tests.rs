@@ -18,6 +18,21 @@ fn refused(text: &str) -> String {
     line
 }
 
+#[test]
+fn every_configuration_of_the_guide_is_one() {
+    for page in [
+        include_str!("../../../README.md"),
+        include_str!("../../../docs/guide/service.md"),
+    ] {
+        let blocks: Vec<_> = page.split("```toml\n").skip(1).collect();
+        assert!(!blocks.is_empty());
+        for block in blocks {
+            let text = block.split("```").next().unwrap();
+            assert!(parse(text).unwrap().topology.is_some());
+        }
+    }
+}
+
 const PRODUCER: &str = "topology_version = 1\n[[producer]]\nname = \"payment\"\n";
 const SUBSCRIPTION: &str = "topology_version = 1\n[[topic]]\nname = \"t\"\n\
                             [[subscription]]\nname = \"s\"\ntopic = \"t\"\n";

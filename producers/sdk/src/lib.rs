@@ -72,3 +72,8 @@ pub use handfast_proto as proto;
 pub use message::Message;
 pub use status::{Answer, BusinessStatus, Question, StatusServer, StatusServerError};
 pub use transact::{Outcome, Tx};
+
+/// The guide's examples, so that they compile as long as the guide is true.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/guide/producer.md")]
+pub struct Guide;
