@@ -106,6 +106,7 @@ claims! {
     topologies::a_subscription_gets_what_is_confirmed_after_it_became_active
     topologies::a_producer_with_prepared_messages_is_not_removed
     whole::what_was_finished_long_ago_is_removed_and_the_rest_is_carried_on
+    whole::a_shorter_span_of_buckets_matters_at_once
     whole::a_row_in_an_unknown_state_is_left_alone_and_counted
     whole::concurrent_decisions_of_one_message_agree_on_one
     whole::concurrent_claims_never_share_a_delivery

@@ -77,6 +77,21 @@ pub(crate) async fn what_was_finished_long_ago_is_removed_and_the_rest_is_carrie
     );
 }
 
+pub(crate) async fn a_shorter_span_of_buckets_matters_at_once(harness: &impl Harness) {
+    let minute = Duration::from_secs(60);
+    let store = ready(harness).await;
+    // The buckets of a new store are planned a day ahead.
+    prepare(&*store, vec![message(1)]).await;
+    decide(&*store, 1, MessageEvent::Cancel).await.unwrap();
+    store.open_buckets(minute).await.unwrap();
+    harness.pass(2 * minute).await;
+    store.open_buckets(minute).await.unwrap();
+    harness.pass(2 * minute).await;
+    let retired = store.retire(minute).await.unwrap();
+    assert_eq!(retired.messages, 1);
+    assert!(store.show(id(1), false).await.unwrap().is_none());
+}
+
 pub(crate) async fn a_row_in_an_unknown_state_is_left_alone_and_counted(harness: &impl Harness) {
     let store = ready(harness).await;
     published(&*store, [1, 2]).await;

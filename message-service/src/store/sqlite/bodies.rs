@@ -96,9 +96,35 @@ pub(super) async fn get(
 /// Sees to it that the current bucket and two ahead of it exist.
 pub(super) async fn open_ahead(tx: &mut Tx, (span,): &(Duration,)) -> Result<(), Error> {
     let now = tx.now;
-    ensure(&mut tx.db, now, *span)
+    let doing = Kind::Retire.doing();
+    pull_forward(&mut tx.db, now, *span)
         .await
-        .map_err(error(Kind::Retire.doing()))
+        .map_err(error(doing))?;
+    ensure(&mut tx.db, now, *span).await.map_err(error(doing))
+}
+
+/// Lets buckets that were planned with a longer span open sooner, or else a shorter span would
+/// only begin to matter after two of the longer ones. None is put off.
+async fn pull_forward(
+    db: &mut SqliteConnection,
+    now: Timestamp,
+    span: Duration,
+) -> Result<(), sqlx::Error> {
+    let current = current(db, now).await?;
+    sqlx::query(
+        "-- open sooner
+         UPDATE body_bucket
+            SET opens_at = min(opens_at,
+                               max(?1, ?2 + (SELECT opens_at FROM body_bucket WHERE number = ?3))
+                               + (number - ?3 - 1) * ?2)
+          WHERE number > ?3 AND opens_at > ?1",
+    )
+    .bind(now.as_micros())
+    .bind(i64::try_from(span.as_micros()).unwrap_or(i64::MAX))
+    .bind(current)
+    .execute(db)
+    .await?;
+    Ok(())
 }
 
 /// As [`open_ahead`], outside of the writer: at the start.
