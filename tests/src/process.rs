@@ -31,7 +31,9 @@ impl Process {
             Stdio::from(file.expect("the log of a child can be written"))
         };
         let child = command
-            .stdin(Stdio::null())
+            // The reference services end when this pipe closes: they do not outlive a test
+            // program that was killed itself.
+            .stdin(Stdio::piped())
             .stdout(output())
             .stderr(output())
             .spawn()

@@ -19,7 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::health_client::HealthClient;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
-use crate::books::Books;
+use crate::books::{Books, number};
 use crate::clients::{Payments, Raw};
 use crate::config::Config;
 use crate::process::Process;
@@ -181,8 +181,7 @@ impl World {
         match party {
             Party::Service => self.until_serving().await,
             Party::Payment => self.until_listening(party, PAYMENT_PORT).await,
-            // It listens to nobody; that it works shows by its effects.
-            Party::Accounting | Party::Points => {}
+            Party::Accounting | Party::Points => self.until_inbox(party).await,
         }
     }
 
@@ -267,7 +266,8 @@ impl World {
                 command
             }
             Party::Payment | Party::Accounting | Party::Points => {
-                let mut command = Command::new(handfast().with_file_name(party.name()));
+                let mut command = Command::new(handfast());
+                command.arg("demo-party").arg(party.name());
                 let variable = |name: &str| format!("{}_{name}", party.name().to_uppercase());
                 command
                     .env(variable("SERVICE"), self.service_url())
@@ -315,6 +315,32 @@ impl World {
             let connected = tokio::net::TcpStream::connect(address).await;
             connected.map(drop).map_err(|error| error.to_string())
         })
+        .await;
+    }
+
+    /// A consumer listens to nobody; it makes its inbox last of all before it consumes.
+    async fn until_inbox(&mut self, party: Party) {
+        let file = self.file(&format!("{}.db", party.name()));
+        let process = self.running.get_mut(party.name()).expect("it was started");
+        let inbox = "SELECT count(*) FROM sqlite_schema WHERE name = 'handfast_inbox'";
+        eventually(
+            format!("{} has its inbox", party.name()),
+            START,
+            async || {
+                if process.ended().is_some() {
+                    return Ok(());
+                }
+                if !file.exists() {
+                    return Err("there is no database".to_owned());
+                }
+                let db = look_at(&file).await;
+                let tables = number(&db, inbox).await;
+                db.close().await;
+                (tables == 1)
+                    .then_some(())
+                    .ok_or_else(|| "there is no inbox".to_owned())
+            },
+        )
         .await;
     }
 
@@ -414,8 +440,9 @@ pub fn handfast() -> PathBuf {
 /// asking: every world may use the same ones, and a restart finds them free again.
 fn own_address() -> Ipv4Addr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let world = NEXT.fetch_add(1, Ordering::Relaxed) % 64;
-    let [_, high, middle, low] = (std::process::id() * 64 + world).to_be_bytes();
-    // 127.0.0.x is everybody's.
-    Ipv4Addr::new(127, high.max(1), middle, low.clamp(1, 254))
+    let world = NEXT.fetch_add(1, Ordering::Relaxed) % 250;
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    let world = u8::try_from(world).expect("less than 250");
+    // 127.0.0.1 is everybody's.
+    Ipv4Addr::new(127, high, low, world + 2)
 }
