@@ -1,5 +1,6 @@
 //! The process around points: options, log, signals, exit codes.
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -23,6 +24,8 @@ async fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .log_internal_errors(false)
         .with_env_filter(filter)
+        // Colours are for eyes; in a file they hide words from a search.
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
     let result = async {

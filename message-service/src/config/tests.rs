@@ -23,6 +23,7 @@ fn every_configuration_of_the_guide_is_one() {
     for page in [
         include_str!("../../../README.md"),
         include_str!("../../../docs/guide/service.md"),
+        include_str!("../../../docs/guide/reference-services.md"),
     ] {
         let blocks: Vec<_> = page.split("```toml\n").skip(1).collect();
         assert!(!blocks.is_empty());
