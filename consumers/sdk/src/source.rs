@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::error::Error;
 use crate::message::{Answered, Delivered};
 
-/// What carries messages to this consumer. See [`handfast`].
+/// What carries messages to this consumer. See [`handfast()`].
 #[derive(Clone, Debug)]
 pub struct Source(Kind);
 

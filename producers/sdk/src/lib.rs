@@ -2,7 +2,7 @@
 //! transaction committed.
 //!
 //! [`Producer::transact`] hands the message over before the transaction, runs the business
-//! and a row of the [fence](crate::fence) in one transaction, and confirms after the commit.
+//! and a row of the [`fence`] in one transaction, and confirms after the commit.
 //! Whatever is lost on the way is settled by Handfast asking the [`StatusServer`], which
 //! answers from the fence. [`Producer::publish`] is for facts that are already true.
 //!
