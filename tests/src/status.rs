@@ -29,6 +29,8 @@ pub enum Behaviour {
     Floods,
     /// A verdict that does not exist.
     Babbles,
+    /// The same reply to every call.
+    Replies(CheckResponse),
 }
 
 /// A status endpoint; it ends with this value.
@@ -128,6 +130,7 @@ impl BusinessStatus for Shared {
                     kind: 77,
                 })
                 .collect(),
+            Behaviour::Replies(reply) => reply.verdicts,
         };
         Ok(Response::new(CheckResponse { verdicts }))
     }

@@ -7,3 +7,4 @@
 )]
 
 mod payment_completed;
+mod status_endpoints;
