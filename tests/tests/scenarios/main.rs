@@ -6,5 +6,6 @@
     reason = "what supports a test may fail as loudly as the test"
 )]
 
+mod fence;
 mod payment_completed;
 mod status_endpoints;
