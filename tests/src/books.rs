@@ -180,7 +180,7 @@ impl Books {
             opened: world.opened,
             ..Self::default()
         };
-        let exists = |name: &str| world.file(&format!("{name}.db")).exists();
+        let exists = |name: &str| world.database_file(name).exists();
         if exists("payment") {
             let db = world.database("payment").await;
             books.read_payment(&db).await;

@@ -84,8 +84,11 @@ pub struct Payments {
 }
 
 impl Payments {
-    pub(crate) fn new(client: PaymentClient<Channel>) -> Self {
-        Self { client }
+    /// Asks the payment behind this connection.
+    pub fn at(channel: Channel) -> Self {
+        Self {
+            client: PaymentClient::new(channel),
+        }
     }
 
     /// Asks once.

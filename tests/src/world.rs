@@ -12,7 +12,6 @@ use handfast_proto::v1::console_client::ConsoleClient;
 use handfast_proto::v1::deliveries_client::DeliveriesClient;
 use handfast_proto::v1::messages_client::MessagesClient;
 use nix::sys::signal::Signal;
-use payment::client::PaymentClient;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions};
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
@@ -77,6 +76,10 @@ impl Party {
 pub struct World {
     /// What the service is told at its next start.
     pub config: Config,
+    /// After this long, payment answers PROCESSING.
+    pub pay_deadline_ms: u64,
+    /// Where the service keeps its database, if not in the world's folder.
+    pub service_file: Option<PathBuf>,
     // Before the folder, so that everything is dead before it is removed.
     running: BTreeMap<String, Process>,
     folder: TempDir,
@@ -120,6 +123,8 @@ impl World {
     fn with(host: Ipv4Addr, config: Config) -> Self {
         Self {
             config,
+            pay_deadline_ms: 5_000,
+            service_file: None,
             running: BTreeMap::new(),
             folder: TempDir::with_prefix("handfast-test-").expect("a temporary folder"),
             host,
@@ -163,6 +168,11 @@ impl World {
         format!("http://{}", self.address(PAYMENT_PORT))
     }
 
+    /// Where a second payment is; see [`Self::second`].
+    pub fn second_payment_url(&self) -> String {
+        format!("http://{}", self.address(PAYMENT_PORT + 100))
+    }
+
     // === Processes ===
 
     /// Starts one party and waits until it serves.
@@ -191,6 +201,21 @@ impl World {
             .await;
     }
 
+    /// The command of a second process of a party, on other ports and the same database.
+    pub fn second(&self, party: Party) -> Command {
+        let mut command = self.command(party);
+        command
+            .env(
+                "PAYMENT_LISTEN",
+                self.address(PAYMENT_PORT + 100).to_string(),
+            )
+            .env(
+                "PAYMENT_STATUS_LISTEN",
+                self.address(STATUS_PORT + 100).to_string(),
+            );
+        command
+    }
+
     /// Starts another program in this world; it dies with it.
     pub fn spawn(&mut self, name: &str, command: Command) {
         let log = self.file(&format!("{name}.log"));
@@ -210,6 +235,12 @@ impl World {
         self.running
             .remove(name)
             .unwrap_or_else(|| panic!("{name} does not run"))
+    }
+
+    /// Waits until a program has aborted, and forgets it.
+    pub async fn aborted(&mut self, name: &str) {
+        let process = self.take(name);
+        process.died_of(Signal::SIGABRT, REACH).await;
     }
 
     /// Kills a party with SIGKILL.
@@ -254,7 +285,7 @@ impl World {
     }
 
     fn command(&self, party: Party) -> Command {
-        let database = self.file(&format!("{}.db", party.name()));
+        let database = self.database_file(party.name());
         let mut command = match party {
             Party::Service => {
                 let file = self.file("handfast.toml");
@@ -283,7 +314,7 @@ impl World {
                 self.address(STATUS_PORT).to_string(),
             )
             .env("PAYMENT_JOB_INTERVAL_MS", "300")
-            .env("PAYMENT_PAY_DEADLINE_MS", "5000")
+            .env("PAYMENT_PAY_DEADLINE_MS", self.pay_deadline_ms.to_string())
             .current_dir(self.folder.path());
         command
     }
@@ -356,7 +387,7 @@ impl World {
 
     /// Who asks payment to pay.
     pub fn payments(&self) -> Payments {
-        Payments::new(PaymentClient::new(self.channel(&self.payment_url())))
+        Payments::at(self.channel(&self.payment_url()))
     }
 
     /// A producer of this name that speaks the contract by hand.
@@ -381,9 +412,17 @@ impl World {
 
     // === Databases ===
 
+    /// The database file of a party or program of this name.
+    pub fn database_file(&self, name: &str) -> PathBuf {
+        match &self.service_file {
+            Some(file) if name == Party::Service.name() => file.clone(),
+            _ => self.file(&format!("{name}.db")),
+        }
+    }
+
     /// The database of a party, as others may look at it while it runs.
     pub async fn database(&self, name: &str) -> SqlitePool {
-        look_at(&self.file(&format!("{name}.db"))).await
+        look_at(&self.database_file(name)).await
     }
 
     /// What all databases say now.

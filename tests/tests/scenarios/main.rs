@@ -6,6 +6,13 @@
     reason = "what supports a test may fail as loudly as the test"
 )]
 
+mod accounting_is_away;
+mod cancelled_calls;
 mod fence;
+mod order_from_balance;
 mod payment_completed;
+mod payout;
+mod same_request;
 mod status_endpoints;
+mod trade;
+mod two_jobs;

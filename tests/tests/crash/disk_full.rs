@@ -1,0 +1,113 @@
+//! The disk under the service's database is full, and then it is not.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use handfast_proto::v1::NewMessage;
+use handfast_tests::clients::{RawConsumer, message};
+use handfast_tests::{Config, Party, World, eventually};
+use tonic::Code;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// A small file system, gone with this value.
+struct SmallDisk {
+    folder: tempfile::TempDir,
+}
+
+impl SmallDisk {
+    /// None where this user may not mount.
+    fn mount() -> Option<Self> {
+        let folder = tempfile::TempDir::with_prefix("handfast-disk-").expect("a folder");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=6m", "handfast-test"])
+            .arg(folder.path())
+            .output();
+        let mounted = mounted.is_ok_and(|output| output.status.success());
+        mounted.then_some(Self { folder })
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Leaves not a single block free.
+    fn fill(&self) -> PathBuf {
+        let path = self.path().join("filler");
+        let filled = Command::new("dd")
+            .args(["if=/dev/zero", "bs=4096", "status=none"])
+            .arg(format!("of={}", path.display()))
+            .output()
+            .expect("dd runs");
+        assert!(!filled.status.success(), "it ends because there is no room");
+        path
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily, because a process that is being killed may still have a file open.
+        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_is_unavailable_and_heals_by_itself() {
+    let Some(disk) = SmallDisk::mount() else {
+        eprintln!("skipped: a small file system cannot be mounted here; run as root");
+        return;
+    };
+    let config = Config::empty()
+        .publisher("source")
+        .topic("fact")
+        .subscription("sink", "fact");
+    let mut world = World::bare(config);
+    world.service_file = Some(disk.path().join("service.db"));
+    world.start(Party::Service).await;
+    let source = world.raw("source");
+    let fact = || NewMessage {
+        payload: vec![7; 50_000].into(),
+        ..message("fact")
+    };
+    let early = fact();
+    source.publish(&early).await;
+
+    let filler = disk.fill();
+    let refused = eventually("a publish is refused", SOON, async || {
+        match source.try_publish(&fact()).await {
+            Ok(Ok(state)) => Err(format!("{state:?}")),
+            Ok(Err(refused)) => Ok(refused.code),
+            Err(status) => Ok(status.code()),
+        }
+    })
+    .await;
+    assert_eq!(refused, Code::Unavailable);
+    assert!(world.runs("service"), "a full disk does not end it");
+
+    std::fs::remove_file(filler).expect("the filler");
+    let late = fact();
+    eventually("a publish is kept again", SOON, async || {
+        match source.try_publish(&late).await {
+            Ok(Ok(_)) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    let kept: Vec<_> = world
+        .books()
+        .await
+        .messages
+        .into_iter()
+        .map(|m| m.id)
+        .collect();
+    assert!(kept.contains(&early.id) && kept.contains(&late.id));
+    let mut sink = RawConsumer::open(world.deliveries(), "fact", "sink", 100).await;
+    for _ in &kept {
+        let fact = sink.next().await;
+        assert_eq!(fact.payload.len(), 50_000);
+        sink.consumed(&fact).await;
+    }
+    world.drained().await.one_decision();
+    drop(world);
+}
