@@ -8,3 +8,4 @@
 
 mod disk_full;
 mod every_point;
+mod kills;

@@ -2,6 +2,7 @@
 //! happens to payment on the way.
 
 use handfast_fail_points::Point;
+use handfast_proto::v1::ShowMessageRequest;
 use handfast_tests::clients::{Order, orders};
 use handfast_tests::{Floor, Party, World};
 use payment::client::PaymentStatus;
@@ -110,4 +111,39 @@ async fn a_confirm_that_is_lost_is_made_good_by_the_check() {
         ..Floor::default()
     });
     assert_eq!(books.decided("CONFIRMED", "PRODUCER"), 0);
+}
+
+#[tokio::test]
+async fn the_timeline_of_a_payment_tells_its_life_in_order() {
+    let mut world = World::new().await;
+    world.start(Party::Service).await;
+    let lose = format!("{}=return", Point::PRODUCER_LOSE_CONFIRM);
+    world.start_armed(Party::Payment, &lose).await;
+    world.start_all().await;
+    assert_eq!(world.payments().pay_all(&orders("a", 5)).await, (4, 1));
+    let books = world.drained().await;
+    for message in &books.messages {
+        let request = ShowMessageRequest {
+            message_id: message.id.clone(),
+            with_body: false,
+        };
+        let shown = world.console().show_message(request).await.unwrap();
+        let timeline = shown.into_inner().timeline;
+        assert!(timeline.is_sorted_by_key(|entry| entry.at), "{timeline:?}");
+        let kinds = |subscription: &str| {
+            let entries = timeline.iter().filter(|e| e.subscription == subscription);
+            let kinds = entries.map(|entry| entry.kind.as_str());
+            // An answer may be faster than the note that a delivery was sent.
+            kinds.filter(|kind| *kind != "sent").collect::<Vec<_>>()
+        };
+        match message.state.as_str() {
+            "CONFIRMED" => {
+                assert_eq!(kinds("").first(), Some(&"prepared"), "{timeline:?}");
+                assert_eq!(kinds("").last(), Some(&"confirmed"), "{timeline:?}");
+                assert_eq!(kinds("accounting"), ["consumed"], "{timeline:?}");
+                assert_eq!(kinds("points"), ["consumed"], "{timeline:?}");
+            }
+            _ => assert_eq!(kinds(""), ["prepared", "cancelled"], "{timeline:?}"),
+        }
+    }
 }
