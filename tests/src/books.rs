@@ -533,3 +533,137 @@ pub async fn number(db: &SqlitePool, sql: &str) -> i64 {
         .await
         .unwrap_or_else(|error| panic!("{sql}: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::catch_unwind;
+
+    use super::*;
+
+    fn effect(message_id: &Id) -> Effect {
+        Effect {
+            message_id: message_id.clone(),
+            caller: "shop".to_owned(),
+            order_id: "1".to_owned(),
+            user: "ada".to_owned(),
+            amount: 250,
+            at: 30,
+        }
+    }
+
+    fn message(id: &Id, state: &str) -> Message {
+        Message {
+            id: id.clone(),
+            topic: TOPIC.to_owned(),
+            state: state.to_owned(),
+            decided_by: Some("PRODUCER".to_owned()),
+            content_hash: content_hash(&effect(id)),
+            checks: 0,
+            conflict: false,
+            prepared_at: 10,
+            decided_at: Some(25),
+        }
+    }
+
+    fn delivery(id: &Id, subscription: &str) -> Delivery {
+        Delivery {
+            message_id: id.clone(),
+            subscription: subscription.to_owned(),
+            state: "CONSUMED".to_owned(),
+            attempts: 0,
+            generation: 1,
+            confirmed_at: 25,
+            first_sent_at: Some(26),
+            sent_at: Some(26),
+            answered_at: Some(31),
+            last_error: None,
+        }
+    }
+
+    /// One payment that came right, and one try that was rolled back.
+    fn sound() -> Books {
+        let (paid, refused) = (vec![1; 16], vec![2; 16]);
+        Books {
+            messages: vec![message(&paid, "CONFIRMED"), message(&refused, "CANCELLED")],
+            deliveries: vec![delivery(&paid, "accounting"), delivery(&paid, "points")],
+            payments: vec![Payment {
+                order_id: "1".to_owned(),
+                state: "PAID".to_owned(),
+                amount: 250,
+            }],
+            tries: 2,
+            done: vec![Done {
+                message_id: paid.clone(),
+                order_id: "1".to_owned(),
+                at: 20,
+            }],
+            fence: BTreeMap::from([
+                (paid.clone(), "COMMITTED".to_owned()),
+                (refused, "ROLLED_BACK".to_owned()),
+            ]),
+            money: 5,
+            opened: 5,
+            vouchers: vec![effect(&paid)],
+            grants: vec![effect(&paid)],
+            seen_by_accounting: BTreeMap::from([(paid.clone(), 2)]),
+            seen_by_points: BTreeMap::from([(paid, 1)]),
+            ..Books::default()
+        }
+    }
+
+    const FLOOR: Floor = Floor {
+        paid: 1,
+        refused: 0,
+        confirmed_by_check: 0,
+        cancelled_by_check: 0,
+        repeats: 1,
+    };
+
+    #[test]
+    fn a_sound_world_holds() {
+        sound().hold(FLOOR);
+    }
+
+    #[test]
+    fn every_broken_promise_is_found() {
+        type Break = fn(&mut Books);
+        let breaks: [(&str, Break); 19] = [
+            ("no voucher", |b| b.vouchers.clear()),
+            ("no grant", |b| b.grants.clear()),
+            ("never delivered", |b| {
+                b.deliveries[0].state = "DEAD".to_owned()
+            }),
+            ("still open", |b| b.deliveries[0].state = "SENT".to_owned()),
+            ("undecided", |b| b.messages[0].state = "PREPARED".to_owned()),
+            ("invented", |b| b.done.clear()),
+            ("seen without commit", |b| {
+                b.seen_by_points.insert(vec![2; 16], 1);
+            }),
+            ("seen too early", |b| b.vouchers[0].at = 19),
+            ("booked twice", |b| b.vouchers.push(b.vouchers[0].clone())),
+            ("rewarded twice", |b| b.grants.push(b.grants[0].clone())),
+            ("paid twice", |b| b.done.push(b.done[0].clone())),
+            ("unbalanced", |b| b.unbalanced = 1),
+            ("money made", |b| b.money += 1),
+            ("decided both ways", |b| b.messages[0].conflict = true),
+            ("delivered though cancelled", |b| {
+                b.messages[0].state = "CANCELLED".to_owned();
+            }),
+            ("sent before it was confirmed", |b| {
+                b.deliveries[0].first_sent_at = Some(24);
+            }),
+            ("a verdict that was not kept", |b| {
+                b.fence.insert(vec![1; 16], "ROLLED_BACK".to_owned());
+            }),
+            ("changed on its way", |b| b.vouchers[0].amount = 249),
+            ("nothing was absorbed", |b| {
+                b.seen_by_accounting.insert(vec![1; 16], 1);
+            }),
+        ];
+        for (what, wrong) in breaks {
+            let mut books = sound();
+            wrong(&mut books);
+            assert!(catch_unwind(|| books.hold(FLOOR)).is_err(), "{what}");
+        }
+    }
+}
