@@ -4,8 +4,8 @@
 //!
 //! In reading order: [`wait`] (the only way to wait) · [`process`] (a child that can be killed)
 //! · [`config`] (what the service is told) · [`world`] (all of it together) · [`clients`] (who
-//! calls) · [`status`] (a producer that answers as it is told) · [`books`] (the promises, as
-//! statements about databases).
+//! calls) · [`consumer`] (a handler of the test's own) · [`status`] (a producer that answers as
+//! it is told) · [`books`] (the promises, as statements about databases).
 
 #![expect(
     clippy::unwrap_used,
@@ -16,6 +16,7 @@
 pub mod books;
 pub mod clients;
 pub mod config;
+pub mod consumer;
 pub mod process;
 pub mod status;
 pub mod wait;
@@ -23,5 +24,6 @@ pub mod world;
 
 pub use books::{Books, Floor};
 pub use config::Config;
+pub use consumer::Consuming;
 pub use wait::{eventually, stays};
 pub use world::{Party, World};
