@@ -7,6 +7,7 @@
 )]
 
 mod accounting_is_away;
+mod by_hand;
 mod cancelled_calls;
 mod fence;
 mod order_from_balance;
