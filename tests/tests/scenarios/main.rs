@@ -7,6 +7,7 @@
 )]
 
 mod accounting_is_away;
+mod broken_data;
 mod by_hand;
 mod cancelled_calls;
 mod fence;
