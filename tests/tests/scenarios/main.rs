@@ -15,6 +15,7 @@ mod order_from_balance;
 mod payment_completed;
 mod payout;
 mod same_request;
+mod states;
 mod status_endpoints;
 mod trade;
 mod two_jobs;
