@@ -19,3 +19,4 @@ mod states;
 mod status_endpoints;
 mod trade;
 mod two_jobs;
+mod vanishing_clients;
