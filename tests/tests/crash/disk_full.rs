@@ -111,3 +111,62 @@ async fn a_full_disk_is_unavailable_and_heals_by_itself() {
     world.drained().await.one_decision();
     drop(world);
 }
+
+#[tokio::test]
+async fn a_prepare_that_found_the_disk_full_succeeds_later_without_a_restart() {
+    let Some(disk) = SmallDisk::mount() else {
+        eprintln!("skipped: a small file system cannot be mounted here; run as root");
+        return;
+    };
+    let config = Config::empty()
+        // Nobody answers there, so nothing is decided by a check.
+        .producer("source", "127.0.0.1:1")
+        .topic("fact")
+        .subscription("sink", "fact");
+    let mut world = World::bare(config);
+    world.service_file = Some(disk.path().join("service.db"));
+    world.start(Party::Service).await;
+    let process = world.process("service").id();
+    let source = world.raw("source");
+    let filler = disk.fill();
+    let mut kept = Vec::new();
+    let (late, refused) = eventually("a prepare is refused", SOON, async || {
+        let fact = NewMessage {
+            payload: vec![7; 50_000].into(),
+            ..message("fact")
+        };
+        match source.try_prepare(&fact).await {
+            Ok(Ok(state)) => {
+                kept.push(fact.id);
+                Err(format!("{state:?}"))
+            }
+            Ok(Err(refused)) => Ok((fact, refused.code)),
+            Err(status) => Ok((fact, status.code())),
+        }
+    })
+    .await;
+    assert_eq!(refused, Code::Unavailable);
+    std::fs::remove_file(filler).expect("the filler");
+    eventually("the same prepare is kept", SOON, async || {
+        match source.try_prepare(&late).await {
+            Ok(Ok(_)) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    assert!(world.runs("service") && world.process("service").id() == process);
+    kept.push(late.id);
+    for id in &kept {
+        source.confirm(id).await.expect("a confirm is accepted");
+    }
+    let mut sink = RawConsumer::open(world.deliveries(), "fact", "sink", 100).await;
+    for _ in &kept {
+        let fact = sink.next().await;
+        assert_eq!(fact.payload.len(), 50_000);
+        sink.consumed(&fact).await;
+    }
+    let books = world.drained().await;
+    books.one_decision();
+    assert_eq!(books.messages.len(), kept.len(), "nothing else was kept");
+    drop(world);
+}
