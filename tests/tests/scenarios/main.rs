@@ -9,7 +9,6 @@
 mod accounting_is_away;
 mod broken_data;
 mod by_hand;
-mod cancelled_calls;
 mod fence;
 mod order_from_balance;
 mod payment_completed;
@@ -17,6 +16,5 @@ mod payout;
 mod same_request;
 mod states;
 mod status_endpoints;
-mod trade;
 mod two_jobs;
 mod vanishing_clients;

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use handfast_fail_points::Point;
 use handfast_tests::books::{number, rows};
-use handfast_tests::clients::Order;
 use handfast_tests::{Books, Floor, Party, World, eventually};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -139,39 +138,4 @@ async fn a_time_out_is_not_taken_for_a_failure() {
         ..Floor::default()
     });
     assert_eq!(books.payments.len(), 1);
-}
-
-#[tokio::test]
-async fn submitting_returns_at_once_and_the_state_can_be_asked_for() {
-    let mut world = World::new().await;
-    world.pay_deadline_ms = 200;
-    // The service is down, so nothing can be decided.
-    world.start(Party::Payment).await;
-    let order = Order::new("a-1");
-    let began = std::time::Instant::now();
-    let reply = world.payments().asks(&order).await.unwrap();
-    assert_eq!(reply.status(), payment::client::PaymentStatus::Processing);
-    assert!(
-        began.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        began.elapsed()
-    );
-    let stored = world.payments().looks_up(&order).await.unwrap();
-    assert_eq!(stored.status(), payment::client::PaymentStatus::Processing);
-    assert_eq!(stored.amount, order.amount);
-
-    // Nobody asks again; the state is only looked at.
-    world.start_all().await;
-    eventually("the payment is PAID", SOON, async || {
-        let stored = world.payments().looks_up(&order).await.unwrap();
-        match stored.status() {
-            payment::client::PaymentStatus::Paid => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    })
-    .await;
-    world.drained().await.hold(Floor {
-        paid: 1,
-        ..Floor::default()
-    });
 }
