@@ -1,5 +1,10 @@
 //! The checked-in code is what the .proto files say, and the contract only grows.
 
+#![expect(
+    clippy::expect_used,
+    reason = "what supports a test may fail as loudly as the test"
+)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
