@@ -631,7 +631,7 @@ mod tests {
             ("no voucher", |b| b.vouchers.clear()),
             ("no grant", |b| b.grants.clear()),
             ("never delivered", |b| {
-                b.deliveries[0].state = "DEAD".to_owned()
+                b.deliveries[0].state = "DEAD".to_owned();
             }),
             ("still open", |b| b.deliveries[0].state = "SENT".to_owned()),
             ("undecided", |b| b.messages[0].state = "PREPARED".to_owned()),
