@@ -8,6 +8,7 @@
 //!
 //! `conformance` is the one list of claims that every implementation has to pass.
 
+mod policy;
 pub mod sqlite;
 
 #[cfg(test)]
@@ -19,6 +20,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use uuid::Uuid;
 
+use crate::message::delivery::DeliveryEvent;
 use crate::message::{
     Answer, DeliveryState, MessageEvent, MessageId, MessageState, NewMessage, Timestamp, WrongState,
 };
@@ -261,9 +263,20 @@ pub enum Lane {
         /// Bytes of payload and headers.
         max_bytes: usize,
     },
-    /// One delivery that came back unanswered.
+    /// As [`Lane::Normal`], but only what was confirmed within [`FRESH_FOR`].
+    Fresh {
+        /// Rows.
+        limit: usize,
+        /// Bytes of payload and headers.
+        max_bytes: usize,
+    },
+    /// One delivery that came back unanswered, or that the broker closed a channel over.
     Alone,
 }
+
+/// How long after its confirm a delivery is fresh. What a backlog brings back must not hold up
+/// what happens now.
+pub const FRESH_FOR: Duration = Duration::from_secs(60);
 
 /// A send that happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,6 +285,54 @@ pub struct Sent {
     pub id: MessageId,
     /// The lease.
     pub token: Uuid,
+}
+
+/// A leased delivery that the broker does not have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unsent {
+    /// Which message.
+    pub id: MessageId,
+    /// The lease.
+    pub token: Uuid,
+    /// Why not.
+    pub why: NotSent,
+}
+
+/// Why a leased delivery was not sent. None of it is an attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotSent {
+    /// It was not tried: due at once, and nothing is noted.
+    Untried,
+    /// Its queue did not take it: returned, or rejected.
+    Refused {
+        /// What the broker said, for people.
+        reason: String,
+        /// When it is due again.
+        retry_after: Duration,
+    },
+    /// The broker closed the channel with a protocol error while this was under way: suspect,
+    /// so it is sent alone from now on, and DEAD after a few such closes.
+    Suspect {
+        /// What the broker said, for people.
+        reason: String,
+    },
+}
+
+impl NotSent {
+    /// What it is for the delivery.
+    fn event(&self) -> DeliveryEvent<'_> {
+        match self {
+            Self::Untried => DeliveryEvent::Untried,
+            Self::Refused {
+                reason,
+                retry_after,
+            } => DeliveryEvent::Refused {
+                reason,
+                retry_after: *retry_after,
+            },
+            Self::Suspect { reason } => DeliveryEvent::Suspected(reason),
+        }
+    }
 }
 
 /// A delivery whose stream ended before its answer.
@@ -560,6 +621,10 @@ pub trait Store: Send + Sync + 'static {
         sent: Vec<Sent>,
         lease: Duration,
     ) -> Result<usize, Error>;
+
+    /// Gives back leased deliveries that the broker does not have. What was answered meanwhile,
+    /// or whose lease was lost, stays as it is. Returns how many were given back.
+    async fn return_unsent(&self, subscription: &str, unsent: Vec<Unsent>) -> Result<usize, Error>;
 
     /// Takes back what an ended stream held. `counts` is false if the service ended it.
     async fn return_deliveries(

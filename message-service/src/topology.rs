@@ -45,6 +45,12 @@ pub struct Subscription {
     pub topic: String,
     /// When its deliveries are tried again and given up.
     pub policy: DeliveryPolicy,
+    /// How many messages may wait in its queue in RabbitMQ; without it, the larger of 10,000
+    /// and what it answers in 5 s.
+    pub max_in_queue: Option<u64>,
+    /// The AMQP user whose answers count; without it, anybody's who may write to the queue of
+    /// answers.
+    pub amqp_user: Option<String>,
 }
 
 impl Topology {

@@ -143,6 +143,8 @@ fn topology(policy: DeliveryPolicy) -> Topology {
     let subscription = Subscription {
         topic: TOPIC.to_owned(),
         policy,
+        max_in_queue: None,
+        amqp_user: None,
     };
     Topology {
         version: 1,
@@ -266,6 +268,7 @@ passed_on! {
     fn claim_deliveries(subscription: &str, lane: Lane, lease: Duration) -> Claimed;
     fn mark_sent(subscription: &str, sent: Vec<Sent>, resend_after: Duration) -> usize;
     fn renew(subscription: &str, sent: Vec<Sent>, lease: Duration) -> usize;
+    fn return_unsent(subscription: &str, unsent: Vec<Unsent>) -> usize;
     fn return_deliveries(subscription: &str, returned: Vec<Returned>, counts: bool) -> usize;
     fn acknowledge(subscription: &str, answers: Vec<Answer>) -> Vec<AnswerOutcome>;
     fn overdue(subscription: &str, limit: usize) -> Vec<Overdue>;

@@ -303,6 +303,8 @@ fn subscriptions(
         let subscription = Subscription {
             topic: written.topic.clone(),
             policy: policy(&table, written)?,
+            max_in_queue: None,
+            amqp_user: None,
         };
         checked.insert(written.name.clone(), subscription);
     }

@@ -20,6 +20,13 @@ use super::{MessageId, Timestamp};
 /// counterpart of a queue's `x-delivery-limit`.
 pub const STREAM_ENDS_PER_FAILURE: u32 = 5;
 
+/// How many channels the broker may close with a protocol error over a delivery before it is
+/// DEAD.
+pub const CLOSES_PER_DEATH: u32 = 3;
+
+/// How long a suspect waits before it is sent again, alone.
+pub const SUSPECT_WAIT: Duration = Duration::from_secs(1);
+
 /// LATER may be answered this often in a row before it waits at least the schedule's step.
 pub const FREE_LATERS: u32 = 3;
 
@@ -51,7 +58,7 @@ pub struct Delivery {
     pub answered_generation: u32,
     /// Answers LATER in a row.
     pub laters: u32,
-    /// How often a stream ended over it; above 0 it is sent alone.
+    /// How often what carried it ended over it, a stream or a channel; above 0 it is sent alone.
     pub stream_ends: u32,
     /// When its message was confirmed.
     pub confirmed_at: Timestamp,
@@ -101,6 +108,17 @@ pub enum DeliveryEvent<'a> {
         /// Whether the end may be the delivery's fault.
         counts: bool,
     },
+    /// Its queue did not take the send that holds the lease.
+    Refused {
+        /// What the broker said.
+        reason: &'a str,
+        /// When it is due again.
+        retry_after: Duration,
+    },
+    /// The broker closed the channel with a protocol error over the send that holds the lease.
+    Suspected(&'a str),
+    /// The send that holds the lease was not tried.
+    Untried,
     /// It was confirmed longer ago than its subscription's `max_age`.
     TooOld,
     /// Its subscription was removed, or an operator gave it up.
@@ -173,6 +191,21 @@ impl Delivery {
                 }
                 self.came_back(*counts, policy, now, chance)
             }
+            DeliveryEvent::Refused {
+                reason,
+                retry_after,
+            } => self.not_sent(now.after(*retry_after), self.stream_ends, Some(reason)),
+            DeliveryEvent::Suspected(reason) => {
+                let closes = self.stream_ends + 1;
+                if self.is_leased() && closes >= CLOSES_PER_DEATH {
+                    return Outcome::Dead {
+                        attempts: self.attempts,
+                        error: format!("the broker closed {closes} channels over it: {reason}"),
+                    };
+                }
+                self.not_sent(now.after(SUSPECT_WAIT), closes, Some(reason))
+            }
+            DeliveryEvent::Untried => self.not_sent(now, self.stream_ends, None),
             DeliveryEvent::TooOld => match self.state {
                 DeliveryState::Pending | DeliveryState::Sent => Outcome::Dead {
                     attempts: self.attempts,
@@ -238,6 +271,32 @@ impl Delivery {
                 attempts: self.attempts,
                 error: format!("rejected: {reason}"),
             },
+        }
+    }
+
+    /// Back to its queue of due deliveries, without counting anything.
+    fn not_sent(&self, due_at: Timestamp, stream_ends: u32, reason: Option<&str>) -> Outcome {
+        if !self.is_leased() {
+            return Outcome::Stale;
+        }
+        Outcome::Again {
+            due_at,
+            attempts: self.attempts,
+            laters: self.laters,
+            stream_ends,
+            error: reason.map(str::to_owned),
+        }
+    }
+
+    /// True while a send can be under way that is not known to have happened. The store repeats
+    /// the lease itself.
+    fn is_leased(&self) -> bool {
+        match self.state {
+            DeliveryState::Pending => self.awaits(self.generation),
+            DeliveryState::Sent
+            | DeliveryState::Consumed
+            | DeliveryState::Dead
+            | DeliveryState::Skipped => false,
         }
     }
 

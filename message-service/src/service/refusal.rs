@@ -107,6 +107,8 @@ mod tests {
             Subscription {
                 topic: "payment.completed".into(),
                 policy: DeliveryPolicy::default(),
+                max_in_queue: None,
+                amqp_user: None,
             },
         );
         topology

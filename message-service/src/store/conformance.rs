@@ -136,6 +136,8 @@ fn topology() -> Topology {
             attempts: Attempts::Limited(3),
             max_age: None,
         },
+        max_in_queue: None,
+        amqp_user: None,
     };
     let producer = || Producer {
         status_endpoint: Some("http://127.0.0.1:1".into()),

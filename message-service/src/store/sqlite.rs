@@ -32,7 +32,7 @@ use writer::{Kind, Writer};
 use super::{
     AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryCursor,
     DeliveryView, Error, Lane, MessageFilter, MessageView, Overdue, OverdueDecision, Retired,
-    Returned, Sent, Shown, Store, Written,
+    Returned, Sent, Shown, Store, Unsent, Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -183,7 +183,7 @@ impl Store for SqliteStore {
         lease: Duration,
     ) -> Result<Claimed, Error> {
         let rows = match lane {
-            Lane::Normal { limit, .. } => limit,
+            Lane::Normal { limit, .. } | Lane::Fresh { limit, .. } => limit,
             Lane::Alone => 1,
         };
         write!(
@@ -230,6 +230,18 @@ impl Store for SqliteStore {
             subscription.to_owned(),
             sent,
             lease
+        )
+    }
+
+    async fn return_unsent(&self, subscription: &str, unsent: Vec<Unsent>) -> Result<usize, Error> {
+        let rows = unsent.len();
+        write!(
+            self,
+            Return,
+            rows,
+            deliveries::return_unsent,
+            subscription.to_owned(),
+            unsent
         )
     }
 

@@ -49,6 +49,8 @@ pub(crate) fn topology(version: u64) -> Topology {
     let subscription = |topic: &str| Subscription {
         topic: topic.into(),
         policy: DeliveryPolicy::default(),
+        max_in_queue: None,
+        amqp_user: None,
     };
     Topology {
         version,

@@ -183,7 +183,7 @@ impl Serving {
         let next_due_in = claimed.next_due_in.filter(|wait| !wait.is_zero());
         let found_all = match lane {
             Lane::Alone => claimed.deliveries.is_empty(),
-            Lane::Normal { limit, max_bytes } => {
+            Lane::Normal { limit, max_bytes } | Lane::Fresh { limit, max_bytes } => {
                 let bytes: usize = claimed.deliveries.iter().map(settle::body_bytes).sum();
                 // The claim also ends before a body that would not have fitted. One that is
                 // larger than what is left here is possible, and then waits for the next poll.

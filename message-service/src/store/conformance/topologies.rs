@@ -90,6 +90,8 @@ pub(crate) async fn a_subscription_gets_what_is_confirmed_after_it_became_active
         Subscription {
             topic: TOPIC.into(),
             policy,
+            max_in_queue: None,
+            amqp_user: None,
         },
     );
     store.apply_topology(with).await.unwrap();

@@ -15,7 +15,8 @@ use crate::message::{
     Answer, AnswerKind, Delivery, DeliveryPolicy, DeliveryState, MessageId, Timestamp,
 };
 use crate::store::{
-    AnswerOutcome, Claimed, DeliveryClaim, Error, Lane, Overdue, OverdueDecision, Returned, Sent,
+    AnswerOutcome, Claimed, DeliveryClaim, Error, FRESH_FOR, Lane, Overdue, OverdueDecision,
+    Returned, Sent, Unsent,
 };
 
 pub(super) async fn claim(
@@ -23,13 +24,18 @@ pub(super) async fn claim(
     (subscription, lane, lease): &(String, Lane, Duration),
 ) -> Result<Claimed, Error> {
     let doing = Kind::Claim.doing();
-    let (sql, limit, max_bytes) = match *lane {
-        Lane::Normal { limit, max_bytes } => (CLAIM_NORMAL, limit, max_bytes),
-        Lane::Alone => (CLAIM_ALONE, 1, usize::MAX),
+    let always = Timestamp::from_micros(i64::MIN);
+    let (sql, limit, max_bytes, confirmed_after) = match *lane {
+        Lane::Normal { limit, max_bytes } => (CLAIM_NORMAL, limit, max_bytes, always),
+        Lane::Fresh { limit, max_bytes } => {
+            (CLAIM_NORMAL, limit, max_bytes, tx.now.before(FRESH_FOR))
+        }
+        Lane::Alone => (CLAIM_ALONE, 1, usize::MAX, always),
     };
     let rows = sqlx::query(sql)
         .bind(subscription)
         .bind(tx.now.as_micros())
+        .bind(confirmed_after.as_micros())
         .bind(i64::try_from(limit).unwrap_or(i64::MAX))
         .fetch_all(&mut tx.db)
         .await
@@ -85,12 +91,14 @@ const CLAIM_NORMAL: &str = "-- claim deliveries
     SELECT d.message_id, d.generation, d.first_sent_at, m.producer, m.topic, m.key, m.bucket
       FROM delivery d JOIN message m ON m.id = d.message_id
      WHERE d.subscription = ? AND d.state = 'PENDING' AND d.stream_ends = 0 AND d.due_at <= ?
+       AND d.confirmed_at > ?
      ORDER BY d.due_at LIMIT ?";
 
 const CLAIM_ALONE: &str = "-- claim a delivery to be sent alone
     SELECT d.message_id, d.generation, d.first_sent_at, m.producer, m.topic, m.key, m.bucket
       FROM delivery d JOIN message m ON m.id = d.message_id
      WHERE d.subscription = ? AND d.state = 'PENDING' AND d.stream_ends > 0 AND d.due_at <= ?
+       AND d.confirmed_at > ?
      ORDER BY d.due_at LIMIT ?";
 
 /// Whether something that goes alone is due, and how long until anything is.
@@ -175,6 +183,37 @@ async fn leased(
             .await
             .map_err(error(Kind::Sent.doing()))?;
         changed += usize::from(done.rows_affected() == 1);
+    }
+    Ok(changed)
+}
+
+pub(super) async fn return_unsent(
+    tx: &mut Tx,
+    (subscription, unsent): &(String, Vec<Unsent>),
+) -> Result<usize, Error> {
+    let doing = Kind::Return.doing();
+    let policy = topology::policy(&mut tx.db, subscription, doing).await?;
+    let mut changed = 0;
+    for Unsent { id, token, why } in unsent {
+        let leased: Option<i64> = sqlx::query_scalar(
+            "-- does the lease hold
+             SELECT 1 FROM delivery
+              WHERE message_id = ? AND subscription = ? AND state = 'PENDING' AND token = ?",
+        )
+        .bind(&id.as_bytes()[..])
+        .bind(subscription)
+        .bind(&token.as_bytes()[..])
+        .fetch_optional(&mut tx.db)
+        .await
+        .map_err(error(doing))?;
+        if leased.is_none() {
+            continue;
+        }
+        let outcome = happens(tx, *id, subscription, &why.event(), &policy, doing).await?;
+        changed += usize::from(matches!(
+            outcome,
+            Some(Outcome::Again { .. } | Outcome::Dead { .. })
+        ));
     }
     Ok(changed)
 }
@@ -482,7 +521,12 @@ fn line(happened: &DeliveryEvent<'_>, outcome: &Outcome) -> Option<(&'static str
             };
             Some(("returned", detail))
         }
-        DeliveryEvent::TooOld => None,
+        DeliveryEvent::Refused { reason, .. } => Some(("returned", (*reason).to_owned())),
+        DeliveryEvent::Suspected(reason) => Some((
+            "returned",
+            format!("the broker closed the channel: {reason}"),
+        )),
+        DeliveryEvent::Untried | DeliveryEvent::TooOld => None,
         DeliveryEvent::Skip => Some(("skipped", String::new())),
     }
 }

@@ -114,6 +114,8 @@ fn small_topology() -> Topology {
             Subscription {
                 topic: "paid".into(),
                 policy: DeliveryPolicy::default(),
+                max_in_queue: None,
+                amqp_user: None,
             },
         )]
         .into(),

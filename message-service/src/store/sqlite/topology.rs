@@ -3,24 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteConnection;
 
 use super::rows::{Columns, error};
 use super::writer::{Kind, Tx};
-use crate::message::{Attempts, CheckPolicy, DeliveryPolicy};
-use crate::store::{Applied, Error};
+use crate::message::{CheckPolicy, DeliveryPolicy};
+use crate::store::{Applied, Error, policy};
 use crate::topology::{Producer, Subscription, Topic, Topology};
-
-/// A policy as the column holds it.
-#[derive(Serialize, Deserialize)]
-struct StoredPolicy {
-    schedule_ms: Vec<u64>,
-    /// `null` is unlimited.
-    attempts: Option<u32>,
-    max_age_ms: Option<u64>,
-}
 
 pub(super) async fn apply(tx: &mut Tx, (topology,): &(Topology,)) -> Result<Applied, Error> {
     let doing = Kind::Topology.doing();
@@ -201,11 +191,9 @@ async fn upsert_subscription(
     subscription: &Subscription,
 ) -> Result<(), Error> {
     let doing = Kind::Topology.doing();
-    let policy = serde_json::to_string(&store_policy(&subscription.policy)).map_err(|cause| {
-        Error::Inconsistent {
-            doing,
-            what: format!("policy of {name}: {cause}"),
-        }
+    let policy = policy::to_json(subscription).map_err(|cause| Error::Inconsistent {
+        doing,
+        what: format!("policy of {name}: {cause}"),
     })?;
     sqlx::query(
         "-- upsert a subscription
@@ -275,11 +263,8 @@ pub(super) async fn load(db: &mut SqliteConnection) -> Result<Topology, Error> {
         .map_err(error(doing))?
     {
         let columns = Columns::new(&row, doing);
-        let subscription = Subscription {
-            topic: columns.get("topic")?,
-            policy: load_policy(columns.get("policy")?)
-                .ok_or_else(|| columns.wrong("policy", "cannot be read"))?,
-        };
+        let subscription = policy::from_json(columns.get("topic")?, columns.get("policy")?)
+            .ok_or_else(|| columns.wrong("policy", "cannot be read"))?;
         subscriptions.insert(columns.get::<String>("name")?, subscription);
     }
     Ok(Topology {
@@ -306,37 +291,9 @@ pub(super) async fn policy(
         return Ok(DeliveryPolicy::default());
     };
     let text: &str = row.try_get("policy").map_err(error(doing))?;
-    load_policy(text).ok_or_else(|| Columns::new(&row, doing).wrong("policy", "cannot be read"))
-}
-
-fn store_policy(policy: &DeliveryPolicy) -> StoredPolicy {
-    StoredPolicy {
-        schedule_ms: policy
-            .schedule
-            .iter()
-            .map(|step| step.as_millis() as u64)
-            .collect(),
-        attempts: match policy.attempts {
-            Attempts::Limited(most) => Some(most),
-            Attempts::Unlimited => None,
-        },
-        max_age_ms: policy.max_age.map(|age| age.as_millis() as u64),
-    }
-}
-
-fn load_policy(text: &str) -> Option<DeliveryPolicy> {
-    let stored: StoredPolicy = serde_json::from_str(text).ok()?;
-    Some(DeliveryPolicy {
-        schedule: stored
-            .schedule_ms
-            .into_iter()
-            .map(Duration::from_millis)
-            .collect(),
-        attempts: stored
-            .attempts
-            .map_or(Attempts::Unlimited, Attempts::Limited),
-        max_age: stored.max_age_ms.map(Duration::from_millis),
-    })
+    policy::from_json(String::new(), text)
+        .map(|subscription| subscription.policy)
+        .ok_or_else(|| Columns::new(&row, doing).wrong("policy", "cannot be read"))
 }
 
 fn millis(span: Duration) -> i64 {
