@@ -5,8 +5,11 @@
 //! are never edited once released. [`Owner::print`] gives the same text to a person who
 //! applies schemas by hand; afterwards [`Owner::apply`] finds nothing to do.
 
-use sqlx::sqlite::SqliteConnection;
-use sqlx::{AssertSqlSafe, Connection as _};
+mod postgres;
+mod sqlite;
+mod steps;
+
+use std::future::Future;
 
 /// Whose tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +20,28 @@ pub enum Owner {
     Fence,
     /// The inbox, in a consumer's database.
     Inbox,
+}
+
+/// Which kind of database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Database {
+    /// An SQLite file.
+    Sqlite,
+    /// PostgreSQL 14 or later.
+    Postgres,
+}
+
+impl Database {
+    /// Every kind.
+    pub const ALL: [Self; 2] = [Self::Sqlite, Self::Postgres];
+
+    /// The name of its folders.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sqlite => "sqlite",
+            Self::Postgres => "postgres",
+        }
+    }
 }
 
 /// One numbered step of a schema.
@@ -58,23 +83,18 @@ pub enum Error {
     },
 }
 
-const MESSAGE_SERVICE: &[Migration] = &[Migration {
-    version: 1,
-    name: "core",
-    sql: include_str!("../message-service/sqlite/0001_core.sql"),
-}];
+/// A connection to a database that the schemas are written for.
+pub trait SchemaConnection: sqlx::Connection {
+    /// Which kind it is.
+    const DATABASE: Database;
 
-const FENCE: &[Migration] = &[Migration {
-    version: 1,
-    name: "fence",
-    sql: include_str!("../fence/sqlite/0001_fence.sql"),
-}];
+    /// The version that an owner's schema has; 0 before the first step.
+    fn version(&mut self, owner: Owner) -> impl Future<Output = Result<i64, sqlx::Error>> + Send;
 
-const INBOX: &[Migration] = &[Migration {
-    version: 1,
-    name: "inbox",
-    sql: include_str!("../inbox/sqlite/0001_inbox.sql"),
-}];
+    /// Applies what is missing, in one transaction, and returns how many steps that were.
+    /// Processes that do so at the same time take turns.
+    fn migrate(&mut self, owner: Owner) -> impl Future<Output = Result<usize, sqlx::Error>> + Send;
+}
 
 impl Owner {
     /// Every owner.
@@ -98,121 +118,93 @@ impl Owner {
         }
     }
 
-    /// The steps for SQLite, oldest first.
-    pub const fn sqlite(self) -> &'static [Migration] {
-        match self {
-            Self::MessageService => MESSAGE_SERVICE,
-            Self::Fence => FENCE,
-            Self::Inbox => INBOX,
-        }
-    }
-
-    /// The version this program knows.
-    pub const fn latest(self) -> i64 {
-        let steps = self.sqlite();
-        steps[steps.len() - 1].version
-    }
-
-    /// The whole schema for SQLite as one script that a person can apply to an empty database.
-    pub fn print(self) -> String {
-        let mut script = format!(
-            "-- handfast: the schema of the {}, for SQLite\nBEGIN;\n\n",
-            self.name()
-        );
-        script.push_str(&self.create_version_table());
-        script.push_str(";\n");
-        for step in self.sqlite() {
-            script.push_str(&format!(
-                "\n-- {:04}_{}\n\n{}",
-                step.version, step.name, step.sql
-            ));
-            script.push_str(&format!("\n{};\n", self.record(step)));
-        }
-        script.push_str("\nCOMMIT;\n");
-        script
+    /// The whole schema as one script that a person can apply to an empty database.
+    pub fn print(self, database: Database) -> String {
+        let named = match database {
+            Database::Sqlite => "SQLite",
+            Database::Postgres => "PostgreSQL",
+        };
+        let script = self.missing(database, 0).script.join("\n");
+        let name = self.name();
+        format!("-- handfast: the schema of the {name}, for {named}\nBEGIN;\n\n{script}\nCOMMIT;\n")
     }
 
     /// The version that the database has; 0 before the first migration.
-    pub async fn version(self, connection: &mut SqliteConnection) -> Result<i64, Error> {
-        let exists: Option<i64> =
-            sqlx::query_scalar("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?")
-                .bind(self.version_table())
-                .fetch_optional(&mut *connection)
-                .await
-                .map_err(|source| self.error("read", source))?;
-        if exists.is_none() {
-            return Ok(0);
-        }
-        let sql = format!(
-            "SELECT coalesce(max(version), 0) FROM {}",
-            self.version_table()
-        );
-        sqlx::query_scalar(AssertSqlSafe(sql))
-            .fetch_one(connection)
+    pub async fn version<C: SchemaConnection>(self, connection: &mut C) -> Result<i64, Error> {
+        connection
+            .version(self)
             .await
             .map_err(|source| self.error("read", source))
     }
 
     /// Applies what is missing, in one transaction, and returns how many steps that were.
     /// A schema newer than this program is refused untouched.
-    pub async fn apply(self, connection: &mut SqliteConnection) -> Result<usize, Error> {
-        let found = self.version(connection).await?;
-        if found > self.latest() {
+    ///
+    /// A dropped future may leave the connection inside a transaction: with one from a pool,
+    /// call it in a task of its own.
+    pub async fn apply<C: SchemaConnection>(self, connection: &mut C) -> Result<usize, Error> {
+        let (found, known) = (self.version(connection).await?, self.latest(C::DATABASE));
+        if found > known {
             return Err(Error::Newer {
                 owner: self.name(),
                 found,
-                known: self.latest(),
+                known,
             });
         }
-        if found == self.latest() {
+        if found == known {
             return Ok(0);
         }
-        self.migrate(connection)
+        connection
+            .migrate(self)
             .await
             .map_err(|source| self.error("migrate", source))
     }
 
-    async fn migrate(self, connection: &mut SqliteConnection) -> Result<usize, sqlx::Error> {
-        // IMMEDIATE, because two processes may start at once: the second waits here and then
-        // reads what the first has done.
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-        sqlx::raw_sql(AssertSqlSafe(self.create_version_table()))
-            .execute(&mut *tx)
-            .await?;
-        let sql = format!(
-            "SELECT coalesce(max(version), 0) FROM {}",
-            self.version_table()
-        );
-        let found: i64 = sqlx::query_scalar(AssertSqlSafe(sql))
-            .fetch_one(&mut *tx)
-            .await?;
-        let mut applied = 0;
-        for step in self.sqlite().iter().filter(|step| step.version > found) {
-            sqlx::raw_sql(step.sql).execute(&mut *tx).await?;
-            sqlx::raw_sql(AssertSqlSafe(self.record(step)))
-                .execute(&mut *tx)
-                .await?;
-            applied += 1;
+    /// What brings a schema from version `found` to the latest.
+    fn missing(self, database: Database, found: i64) -> Missing {
+        let mut missing = Missing {
+            script: Vec::new(),
+            steps: 0,
+        };
+        if found == 0 {
+            missing.script.push(self.create_version_table(database));
         }
-        tx.commit().await?;
-        Ok(applied)
+        for step in self.steps(database) {
+            if step.version > found {
+                let (version, name, sql) = (step.version, step.name, step.sql);
+                let record = format!(
+                    "INSERT INTO {} (version, name) VALUES ({version}, '{name}');",
+                    self.version_table()
+                );
+                missing
+                    .script
+                    .push(format!("-- {version:04}_{name}\n\n{sql}\n{record}\n"));
+                missing.steps += 1;
+            }
+        }
+        missing
     }
 
-    fn create_version_table(self) -> String {
-        format!(
-            "CREATE TABLE IF NOT EXISTS {} (\n    version    INTEGER NOT NULL PRIMARY KEY,\n    \
-             name       TEXT    NOT NULL,\n    applied_at TEXT    NOT NULL DEFAULT CURRENT_TIMESTAMP\n)",
-            self.version_table()
-        )
+    fn create_version_table(self, database: Database) -> String {
+        let columns = match database {
+            Database::Sqlite => {
+                "    version    INTEGER NOT NULL PRIMARY KEY,\n    \
+                 name       TEXT    NOT NULL,\n    \
+                 applied_at TEXT    NOT NULL DEFAULT CURRENT_TIMESTAMP\n"
+            }
+            Database::Postgres => {
+                "    version    bigint      NOT NULL PRIMARY KEY,\n    \
+                 name       text        NOT NULL,\n    \
+                 applied_at timestamptz NOT NULL DEFAULT clock_timestamp()\n"
+            }
+        };
+        let table = self.version_table();
+        format!("CREATE TABLE IF NOT EXISTS {table} (\n{columns});\n")
     }
 
-    fn record(self, step: &Migration) -> String {
-        format!(
-            "INSERT INTO {} (version, name) VALUES ({}, '{}')",
-            self.version_table(),
-            step.version,
-            step.name
-        )
+    fn read_version(self) -> String {
+        let table = self.version_table();
+        format!("SELECT coalesce(max(version), 0) FROM {table}")
     }
 
     fn error(self, doing: &'static str, source: sqlx::Error) -> Error {
@@ -224,62 +216,10 @@ impl Owner {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    async fn memory() -> SqliteConnection {
-        SqliteConnection::connect("sqlite::memory:").await.unwrap()
-    }
-
-    #[tokio::test]
-    async fn applying_twice_changes_nothing() {
-        for owner in Owner::ALL {
-            let mut db = memory().await;
-            assert_eq!(owner.apply(&mut db).await.unwrap(), owner.sqlite().len());
-            assert_eq!(owner.apply(&mut db).await.unwrap(), 0);
-            assert_eq!(owner.version(&mut db).await.unwrap(), owner.latest());
-        }
-    }
-
-    #[tokio::test]
-    async fn what_is_printed_can_be_applied_by_hand() {
-        for owner in Owner::ALL {
-            let mut db = memory().await;
-            sqlx::raw_sql(AssertSqlSafe(owner.print()))
-                .execute(&mut db)
-                .await
-                .unwrap();
-            assert_eq!(owner.apply(&mut db).await.unwrap(), 0, "{}", owner.name());
-        }
-    }
-
-    #[tokio::test]
-    async fn all_owners_share_one_database() {
-        let mut db = memory().await;
-        for owner in Owner::ALL {
-            owner.apply(&mut db).await.unwrap();
-        }
-    }
-
-    #[tokio::test]
-    async fn a_newer_schema_is_refused() {
-        let mut db = memory().await;
-        Owner::Fence.apply(&mut db).await.unwrap();
-        sqlx::query("INSERT INTO handfast_fence_version (version, name) VALUES (99, 'later')")
-            .execute(&mut db)
-            .await
-            .unwrap();
-        let error = Owner::Fence.apply(&mut db).await.unwrap_err();
-        assert!(matches!(error, Error::Newer { found: 99, .. }), "{error}");
-    }
-
-    #[test]
-    fn versions_count_without_a_gap() {
-        for owner in Owner::ALL {
-            for (index, step) in owner.sqlite().iter().enumerate() {
-                assert_eq!(step.version, index as i64 + 1);
-            }
-        }
-    }
+/// What [`Owner::missing`] found.
+struct Missing {
+    /// Texts of statements, in order.
+    script: Vec<String>,
+    /// How many of the numbered files are among them.
+    steps: usize,
 }

@@ -25,7 +25,7 @@ const SYNCHRONOUS_FULL: i64 = 2;
 impl FenceDatabase for Sqlite {
     async fn migrate(pool: &SqlitePool) -> Result<(), FenceError> {
         let mut connection = pool.acquire().await.map_err(read)?;
-        Owner::Fence.apply(&mut connection).await?;
+        Owner::Fence.apply(&mut *connection).await?;
         Ok(())
     }
 
