@@ -1,0 +1,97 @@
+//! Where the programs of the servers are. Both are often installed outside of PATH.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::Error;
+
+/// What Debian and Ubuntu call it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Package {
+    pub(crate) server: &'static str,
+    pub(crate) package: &'static str,
+}
+
+pub(crate) const POSTGRES: Package = Package {
+    server: "PostgreSQL",
+    package: "postgresql",
+};
+pub(crate) const RABBITMQ: Package = Package {
+    server: "RabbitMQ",
+    package: "rabbitmq-server",
+};
+
+impl Package {
+    /// The one sentence on what to do.
+    pub(crate) fn missing(self) -> Error {
+        let Self { server, package } = self;
+        Error::new(format!(
+            "{server} is not installed here; install it, for example with: \
+             sudo apt-get install --no-install-recommends {package}"
+        ))
+    }
+}
+
+/// The folder of PostgreSQL's server programs: the newest version that is installed, unless
+/// PATH says which.
+pub(crate) fn postgres() -> Result<PathBuf, Error> {
+    let mut folders = path_folders();
+    folders.extend(newest_first("/usr/lib/postgresql", "", "bin"));
+    folders.extend(newest_first("/usr", "pgsql-", "bin"));
+    folders.extend(pg_config());
+    find(folders, &["initdb", "postgres", "pg_isready", "psql"]).ok_or_else(|| POSTGRES.missing())
+}
+
+/// The folder of RabbitMQ's own scripts. What Debian puts into PATH is a wrapper that insists on
+/// the user `rabbitmq`.
+pub(crate) fn rabbitmq() -> Result<PathBuf, Error> {
+    let mut folders = vec![PathBuf::from("/usr/lib/rabbitmq/bin")];
+    folders.extend(path_folders());
+    find(folders, &["rabbitmq-server", "rabbitmqctl"])
+        .filter(|_| find(path_folders(), &["erl", "epmd"]).is_some())
+        .ok_or_else(|| RABBITMQ.missing())
+}
+
+/// PATH for the servers: ours, and the usual folders, since cron and the like have few.
+pub(crate) fn search_path() -> OsString {
+    std::env::join_paths(path_folders()).unwrap_or_else(|_| OsString::from("/usr/bin:/bin"))
+}
+
+fn path_folders() -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+    std::env::split_paths(&path)
+        .chain(usual.into_iter().map(PathBuf::from))
+        .filter(|folder| folder.is_absolute())
+        .collect()
+}
+
+fn find(folders: Vec<PathBuf>, programs: &[&str]) -> Option<PathBuf> {
+    folders
+        .into_iter()
+        .find(|folder| programs.iter().all(|name| folder.join(name).is_file()))
+}
+
+/// `parent/<prefix><version>/<rest>`, the highest version first.
+fn newest_first(parent: &str, prefix: &str, rest: &str) -> Vec<PathBuf> {
+    let mut versions: Vec<_> = fs::read_dir(parent)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let version: u32 = name.to_str()?.strip_prefix(prefix)?.parse().ok()?;
+            Some((version, entry.path().join(rest)))
+        })
+        .collect();
+    versions.sort();
+    versions.into_iter().rev().map(|(_, path)| path).collect()
+}
+
+fn pg_config() -> Option<PathBuf> {
+    let output = Command::new("pg_config").arg("--bindir").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    Some(Path::new(text.trim()).to_owned())
+}
