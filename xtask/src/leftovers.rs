@@ -1,31 +1,71 @@
-//! Whether the tests left a process behind.
+//! Whether the tests left a process or a file behind.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-/// Fails if a process still runs the program that the tests started.
-pub(crate) fn none_of(program: &Path) -> Result<(), String> {
+/// What was killed a moment ago may need this long to be gone.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
+
+/// Fails if a process still runs the program that the tests started, or has anything to do with
+/// the folder that was their temporary one, or if something lies in that folder.
+pub(crate) fn none_of(program: &Path, folder: &Path) -> Result<(), String> {
     let program = program.canonicalize().map_err(|error| {
         format!(
             "cannot find the tested program {}: {error}",
             program.display()
         )
     })?;
-    let Ok(processes) = fs::read_dir("/proc") else {
-        eprintln!("skipped: there is no /proc here to look for processes that were left behind");
-        return Ok(());
-    };
-    let left: Vec<_> = processes
+    let began = Instant::now();
+    loop {
+        let processes = processes(&program, folder)?;
+        if processes.is_empty() {
+            break;
+        }
+        if began.elapsed() > GONE_WITHIN {
+            let list = processes.join(", ");
+            return Err(format!("the tests left processes behind: {list}"));
+        }
+        std::thread::yield_now();
+    }
+    let files: Vec<_> = fs::read_dir(folder)
+        .map_err(|error| format!("cannot read {}: {error}", folder.display()))?
         .flatten()
-        .filter(|entry| fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == program))
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .map(|entry| entry.path().display().to_string())
         .collect();
-    if left.is_empty() {
+    if files.is_empty() {
         Ok(())
     } else {
-        Err(format!(
-            "the tests left processes behind: {}",
-            left.join(", ")
-        ))
+        Err(format!("the tests left files behind: {}", files.join(", ")))
     }
+}
+
+/// The processes in question, each as its id and its command.
+fn processes(program: &Path, folder: &Path) -> Result<Vec<String>, String> {
+    let processes = fs::read_dir("/proc")
+        .map_err(|error| format!("cannot look for processes that were left behind: {error}"))?;
+    Ok(processes
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|process| belongs(process, program, folder))
+        .map(|process| {
+            let id = process.file_name().unwrap_or_default().to_string_lossy();
+            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+            format!("{id} ({})", name.trim())
+        })
+        .collect())
+}
+
+fn belongs(process: &Path, program: &Path, folder: &Path) -> bool {
+    let is_at = |link: &str, place: &Path| {
+        fs::read_link(process.join(link)).is_ok_and(|at| at.starts_with(place))
+    };
+    let names = |file: &str| {
+        let needle = folder.as_os_str().as_bytes();
+        fs::read(process.join(file))
+            .is_ok_and(|text| text.windows(needle.len()).any(|part| part == needle))
+    };
+    // PostgreSQL writes over its environment, but works in its folder.
+    is_at("exe", program) || is_at("cwd", folder) || names("cmdline") || names("environ")
 }

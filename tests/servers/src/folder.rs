@@ -1,13 +1,14 @@
-//! The folder of one server, and the guard that makes it a throwaway one.
+//! A folder that is gone when its owner is, with whoever works in it.
 //!
-//! Every process of the server works in the folder (its current directory is there), so the
-//! folder says who belongs to it. The guard is a small shell in a process group of its own, which
-//! holds one end of a pipe; the other end is here. When this end closes, the guard ends the
-//! server and removes the folder. That is the one way in which a server goes, whether it was
-//! dropped or this process was killed.
+//! Every process of a server works in its folder (its current directory is there), so the folder
+//! says who belongs to it. The guard is a small shell in a process group of its own, which holds
+//! one end of a pipe; the other end is here. When this end closes, the guard ends the server and
+//! removes the folder. That is the one way in which a server goes, whether it was dropped or this
+//! process was killed.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -24,44 +25,50 @@ const GUARD: &str = include_str!("guard.sh");
 const REMOVED_WITHIN: Duration = Duration::from_secs(20);
 const KILLED_WITHIN: Duration = Duration::from_secs(10);
 
+/// A temporary folder with a guard: it goes when this is dropped and also when this process is
+/// killed, and with it whoever has their current directory in it.
 #[derive(Debug)]
-pub(crate) struct Folder {
+pub struct Folder {
     path: PathBuf,
     guard: Child,
 }
 
 impl Folder {
-    /// Makes a folder and sets its guard.
-    pub(crate) fn new(server: &str, options: &Options) -> Result<Self, Error> {
-        let parent = options.within.clone().unwrap_or_else(std::env::temp_dir);
-        let path = tempfile::Builder::new()
-            .prefix(&format!("handfast-{server}-"))
-            .tempdir_in(&parent)
-            .and_then(|folder| folder.keep().canonicalize())
-            .map_err(Error::cannot(format!(
-                "make a folder for {server} in {}",
-                parent.display()
-            )))?;
-        let guard = Command::new("sh")
-            .args(["-c", GUARD, "handfast-servers-guard"])
-            .arg(&path)
-            .current_dir("/")
-            .process_group(0)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        match guard {
-            Ok(guard) => Ok(Self { path, guard }),
-            Err(error) => {
-                // It is empty; the error to report is the other one.
-                let _ = fs::remove_dir(&path);
-                Err(Error::cannot("start sh as a guard")(error))
-            }
-        }
+    /// Makes a folder in the system's temporary folder. When it goes, those who work in it have
+    /// 10 s to end by themselves.
+    ///
+    /// # Errors
+    /// If the folder cannot be made or its guard not be started.
+    pub fn new(name: &str) -> Result<Self, Error> {
+        Self::guarded(name, &std::env::temp_dir(), 10)
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Makes the folder of a server, which has nobody else to end it.
+    pub(crate) fn of_server(name: &str, options: &Options) -> Result<Self, Error> {
+        let parent = options.within.clone().unwrap_or_else(std::env::temp_dir);
+        Self::guarded(name, &parent, 0)
+    }
+
+    fn guarded(name: &str, parent: &Path, patience_s: u32) -> Result<Self, Error> {
+        let path = tempfile::Builder::new()
+            .prefix(&format!("handfast-{name}-"))
+            .tempdir_in(parent)
+            .and_then(|folder| folder.keep().canonicalize())
+            .map_err(Error::cannot(format!(
+                "make a folder in {}",
+                parent.display()
+            )))?;
+        start_guard(&path, patience_s)
+            .map_err(|error| {
+                // It is empty; the error to report is the other one.
+                let _ = fs::remove_dir(&path);
+                Error::cannot("start sh as a guard")(error)
+            })
+            .map(|guard| Self { path, guard })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
@@ -121,6 +128,22 @@ impl Drop for Folder {
     fn drop(&mut self) {
         self.remove();
     }
+}
+
+fn start_guard(folder: &Path, patience_s: u32) -> io::Result<Child> {
+    let mut guard = Command::new("sh")
+        .args(["-c", GUARD, "handfast-servers-guard"])
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    if let Some(pipe) = &mut guard.stdin {
+        let folder = folder.as_os_str().as_bytes();
+        pipe.write_all(&[patience_s.to_string().as_bytes(), b" ", folder, b"\n"].concat())?;
+    }
+    Ok(guard)
 }
 
 /// Sends a signal to one process.

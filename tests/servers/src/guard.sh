@@ -1,11 +1,11 @@
-# Ends the server that lives in a folder and removes the folder, as soon as standard input
-# closes: whoever holds the other end of that pipe has let go of it or has died.
-# Usage: sh -c "$(cat guard.sh)" guard FOLDER
+# Removes a folder, and ends whoever works in it, as soon as standard input closes: whoever holds
+# the other end of that pipe has let go of it or has died. The first line there says how many
+# seconds those who work in the folder have for ending by themselves, and which folder it is.
 trap '' HUP INT QUIT TERM
-folder=$1
+read -r patience_s folder || exit
 while read -r _; do :; done
 
-# Whatever belongs to the server works in its folder. A zombie works nowhere.
+# A zombie works nowhere.
 who() {
     for cwd in /proc/[0-9]*/cwd; do
         case $(readlink "$cwd" 2>/dev/null) in
@@ -17,18 +17,23 @@ who() {
     done
 }
 
-# PostgreSQL has something outside: a segment of shared memory. Told to quit, it removes it.
-lock=$folder/data/postmaster.pid
-if [ -s "$lock" ]; then
-    kill -QUIT "$(head -n 1 "$lock")" 2>/dev/null
-    patience=50
-    while [ -s "$lock" ] && [ -n "$(who)" ] && [ $patience -gt 0 ]; do
-        patience=$((patience - 1))
+# Waits until nobody is left, for so many tenths of a second.
+nobody_within() {
+    tenths=$1
+    while [ -n "$(who)" ]; do
+        [ "$tenths" -gt 0 ] || return 1
+        tenths=$((tenths - 1))
         sleep 0.1
     done
-fi
-segment=$(sed -n 7p "$lock" 2>/dev/null)
+}
 
+# PostgreSQL has something outside: a segment of shared memory. Told to quit, it removes it.
+lock=$folder/data/postmaster.pid
+if [ -s "$lock" ] && kill -QUIT "$(head -n 1 "$lock")" 2>/dev/null; then
+    patience_s=5
+fi
+nobody_within $((patience_s * 10))
+segment=$(sed -n 7p "$lock" 2>/dev/null)
 patience=100
 while left=$(who) && [ -n "$left" ] && [ $patience -gt 0 ]; do
     # One word each.

@@ -3,7 +3,7 @@
 //! when the process that started them ends, in whatever way it ends.
 //!
 //! Several of them run beside each other and beside what the machine itself runs. They use the
-//! programs that are installed, and nothing of the machine's configuration. Linux only: who
+//! programs that are installed ([`install_missing`] brings them), and nothing of the machine's configuration. Linux only: who
 //! belongs to a server is read from `/proc`.
 //!
 //! ```no_run
@@ -16,10 +16,11 @@
 //! ```
 //!
 //! In reading order: `folder` and its guard (what makes them throwaway) · `port` · `programs`
-//! (where they are) · the two servers.
+//! (where they are) · `install` · the two servers.
 
 mod error;
 mod folder;
+mod install;
 mod options;
 mod port;
 mod postgres;
@@ -31,8 +32,11 @@ mod wait;
 use std::thread;
 
 pub use error::Error;
+pub use folder::Folder;
+pub use install::install_missing;
 pub use options::Options;
 pub use postgres::Postgres;
+pub use programs::Server;
 pub use rabbitmq::RabbitMq;
 
 /// Starts one of each, at the same time.

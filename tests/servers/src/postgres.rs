@@ -65,7 +65,7 @@ impl Postgres {
         } else {
             None
         };
-        let folder = Folder::new("postgres", options)?;
+        let folder = Folder::of_server("postgres", options)?;
         if let Some(user) = &user {
             folder.give_to(user.uid, user.gid)?;
         }

@@ -7,31 +7,55 @@ use std::process::Command;
 
 use crate::Error;
 
-/// What Debian and Ubuntu call it.
+/// One of the servers that this crate can start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Package {
-    pub(crate) server: &'static str,
-    pub(crate) package: &'static str,
+pub enum Server {
+    /// [`Postgres`](crate::Postgres)
+    Postgres,
+    /// [`RabbitMq`](crate::RabbitMq)
+    RabbitMq,
 }
 
-pub(crate) const POSTGRES: Package = Package {
-    server: "PostgreSQL",
-    package: "postgresql",
-};
-pub(crate) const RABBITMQ: Package = Package {
-    server: "RabbitMQ",
-    package: "rabbitmq-server",
-};
-
-impl Package {
-    /// The one sentence on what to do.
-    pub(crate) fn missing(self) -> Error {
-        let Self { server, package } = self;
-        Error::new(format!(
-            "{server} is not installed here; install it, for example with: \
-             sudo apt-get install --no-install-recommends {package}"
-        ))
+impl Server {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Postgres => "PostgreSQL",
+            Self::RabbitMq => "RabbitMQ",
+        }
     }
+
+    /// What Debian and Ubuntu call it.
+    pub(crate) fn package(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgresql",
+            Self::RabbitMq => "rabbitmq-server",
+        }
+    }
+
+    pub(crate) fn is_installed(self) -> bool {
+        match self {
+            Self::Postgres => postgres().is_ok(),
+            Self::RabbitMq => rabbitmq().is_ok(),
+        }
+    }
+}
+
+/// The one sentence on what to do.
+pub(crate) fn missing(servers: &[Server]) -> Error {
+    let listed = |name: fn(Server) -> &'static str| servers.iter().map(move |&server| name(server));
+    let names: Vec<_> = listed(Server::name).collect();
+    let packages: Vec<_> = listed(Server::package).collect();
+    let (is, it) = match names.len() {
+        1 => ("is", "it"),
+        _ => ("are", "them"),
+    };
+    Error::new(format!(
+        "{} {is} not installed here; install {it}, for example with: \
+         sudo apt-get install --no-install-recommends {}",
+        names.join(" and "),
+        packages.join(" ")
+    ))
 }
 
 /// The folder of PostgreSQL's server programs: the newest version that is installed, unless
@@ -41,7 +65,8 @@ pub(crate) fn postgres() -> Result<PathBuf, Error> {
     folders.extend(newest_first("/usr/lib/postgresql", "", "bin"));
     folders.extend(newest_first("/usr", "pgsql-", "bin"));
     folders.extend(pg_config());
-    find(folders, &["initdb", "postgres", "pg_isready", "psql"]).ok_or_else(|| POSTGRES.missing())
+    find(folders, &["initdb", "postgres", "pg_isready", "psql"])
+        .ok_or_else(|| missing(&[Server::Postgres]))
 }
 
 /// The folder of RabbitMQ's own scripts. What Debian puts into PATH is a wrapper that insists on
@@ -51,7 +76,7 @@ pub(crate) fn rabbitmq() -> Result<PathBuf, Error> {
     folders.extend(path_folders());
     find(folders, &["rabbitmq-server", "rabbitmqctl"])
         .filter(|_| find(path_folders(), &["erl", "epmd"]).is_some())
-        .ok_or_else(|| RABBITMQ.missing())
+        .ok_or_else(|| missing(&[Server::RabbitMq]))
 }
 
 /// PATH for the servers: ours, and the usual folders, since cron and the like have few.

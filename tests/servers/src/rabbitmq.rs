@@ -66,7 +66,7 @@ impl RabbitMq {
     pub fn start_with(options: &Options) -> Result<Self, Error> {
         let mut rabbitmq = Self {
             scripts: programs::rabbitmq()?,
-            folder: Folder::new("rabbitmq", options)?,
+            folder: Folder::of_server("rabbitmq", options)?,
             amqp: Port::take()?,
             distribution: Port::take()?,
             names: Port::take()?,

@@ -1,0 +1,71 @@
+//! Installs what is missing, on a machine where that is an ordinary thing to do: Debian or
+//! Ubuntu, by root or by whoever may become root without a password.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nix::unistd::Uid;
+
+use crate::{Error, Server, programs};
+
+const SCRIPT: &str = include_str!("install.sh");
+
+/// Installs those of the servers that are missing; they are not started. What `apt-get` prints
+/// goes to standard error.
+///
+/// # Errors
+/// If something is missing and cannot be installed; the error says what to do.
+pub fn install_missing(servers: &[Server]) -> Result<(), Error> {
+    let missing = still_missing(servers);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let Some(mut installer) = installer() else {
+        return Err(programs::missing(&missing));
+    };
+    let packages: Vec<_> = missing.iter().map(|server| server.package()).collect();
+    let list = packages.join(" and ");
+    eprintln!("installing {list} (their services are not started)");
+    let status = installer
+        .args(["sh", "-c", SCRIPT, "install"])
+        .args(&packages)
+        .stdin(Stdio::null())
+        .stdout(std::io::stderr())
+        .status()
+        .map_err(Error::cannot(format!("install {list}")))?;
+    if !status.success() {
+        return Err(Error::new(format!(
+            "installing {list} ended with {status}; what apt-get said is above"
+        )));
+    }
+    match still_missing(&missing) {
+        left if left.is_empty() => Ok(()),
+        left => Err(programs::missing(&left)),
+    }
+}
+
+fn still_missing(servers: &[Server]) -> Vec<Server> {
+    let missing = |server: &Server| !server.is_installed();
+    servers.iter().copied().filter(missing).collect()
+}
+
+/// What runs a command as root, if that is possible here without asking anybody.
+fn installer() -> Option<Command> {
+    if !Path::new("/etc/debian_version").exists() {
+        return None;
+    }
+    if Uid::effective().is_root() {
+        return Some(Command::new("env"));
+    }
+    let asked = Command::new("sudo")
+        .args(["-n", "true"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    asked.is_ok_and(|status| status.success()).then(|| {
+        let mut sudo = Command::new("sudo");
+        sudo.arg("-n");
+        sudo
+    })
+}
