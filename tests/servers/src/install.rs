@@ -1,6 +1,8 @@
 //! Installs what is missing, on a machine where that is an ordinary thing to do: Debian or
 //! Ubuntu, by root or by whoever may become root without a password.
 
+use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -9,6 +11,8 @@ use nix::unistd::Uid;
 use crate::{Error, Server, programs};
 
 const SCRIPT: &str = include_str!("install.sh");
+/// Held by the script.
+const LOCK: &str = "/run/handfast-install.lock";
 
 /// Installs those of the servers that are missing; they are not started. What `apt-get` prints
 /// goes to standard error.
@@ -16,6 +20,7 @@ const SCRIPT: &str = include_str!("install.sh");
 /// # Errors
 /// If something is missing and cannot be installed; the error says what to do.
 pub fn install_missing(servers: &[Server]) -> Result<(), Error> {
+    wait_for_others()?;
     let missing = still_missing(servers);
     if missing.is_empty() {
         return Ok(());
@@ -30,7 +35,7 @@ pub fn install_missing(servers: &[Server]) -> Result<(), Error> {
         .args(["sh", "-c", SCRIPT, "install"])
         .args(&packages)
         .stdin(Stdio::null())
-        .stdout(std::io::stderr())
+        .stdout(io::stderr())
         .status()
         .map_err(Error::cannot(format!("install {list}")))?;
     if !status.success() {
@@ -41,6 +46,18 @@ pub fn install_missing(servers: &[Server]) -> Result<(), Error> {
     match still_missing(&missing) {
         left if left.is_empty() => Ok(()),
         left => Err(programs::missing(&left)),
+    }
+}
+
+/// What is half installed would be taken for installed.
+fn wait_for_others() -> Result<(), Error> {
+    match File::open(LOCK) {
+        Ok(lock) => lock
+            .lock_shared()
+            .map_err(Error::cannot(format!("wait for {LOCK}"))),
+        // Nobody has ever installed anything.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::cannot(format!("open {LOCK}"))(error)),
     }
 }
 
