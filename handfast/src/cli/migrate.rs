@@ -3,9 +3,11 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 
-use handfast_migrations::Owner;
+use handfast_migrations::{Database, Owner};
 use handfast_service::config::{Config, DEFAULT_FILE, Settings, sqlite_file};
 use handfast_service::store::sqlite;
+use sqlx::ConnectOptions as _;
+use sqlx::postgres::PgConnectOptions;
 
 use super::Failure;
 
@@ -13,9 +15,12 @@ use super::Failure;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     handfast migrate --store sqlite:handfast.db\n  \
-    handfast migrate --print --owner inbox | sqlite3 accounting.db")]
+    handfast migrate --store postgres://handfast@localhost/handfast\n  \
+    handfast migrate --print --owner inbox | sqlite3 accounting.db\n  \
+    handfast migrate --print --owner fence --database postgres | psql shop")]
 pub(super) struct Args {
-    /// The store to migrate: sqlite:FILE [default: the one in the configuration file]
+    /// The store to migrate: sqlite:FILE or postgres://… [default: the one in the configuration
+    /// file]
     #[arg(
         long,
         env = "HANDFAST_STORE",
@@ -36,6 +41,10 @@ pub(super) struct Args {
     #[arg(long, requires = "print", value_name = "OWNER", value_parser = owner)]
     owner: Option<Owner>,
 
+    /// For which kind of database it is printed [default: sqlite]
+    #[arg(long, requires = "print", value_name = "KIND", value_parser = database)]
+    database: Option<Database>,
+
     /// Say what was done as one JSON object: {"applied":n,"version":v}
     #[arg(long, conflicts_with = "print")]
     json: bool,
@@ -48,36 +57,98 @@ fn owner(name: &str) -> Result<Owner, String> {
         .ok_or_else(|| format!("use {}", Owner::ALL.map(Owner::name).join(", ")))
 }
 
+fn database(name: &str) -> Result<Database, String> {
+    Database::ALL
+        .into_iter()
+        .find(|database| database.name() == name)
+        .ok_or_else(|| format!("use {}", Database::ALL.map(Database::name).join(" or ")))
+}
+
+/// Where the store is.
+enum Place {
+    File(PathBuf),
+    // Boxed, because it is much larger than a path.
+    Server(Box<PgConnectOptions>),
+}
+
 /// Applies or prints.
 pub(super) fn run(args: Args) -> Result<(), Failure> {
     if args.print {
-        return say(&args.owner.unwrap_or(Owner::MessageService).print());
+        let owner = args.owner.unwrap_or(Owner::MessageService);
+        return say(&owner.print(args.database.unwrap_or(Database::Sqlite)));
     }
-    let file = store_file(args.store, args.config)?;
+    let place = place(args.store, args.config)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let applied = runtime.block_on(sqlite::migrate(&file))?;
-    let version = Owner::MessageService.latest();
+    let (applied, database) = match &place {
+        Place::File(file) => (runtime.block_on(sqlite::migrate(file))?, Database::Sqlite),
+        Place::Server(options) => (
+            runtime.block_on(migrate_postgres(options))?,
+            Database::Postgres,
+        ),
+    };
+    let (name, version) = (place.name(), Owner::MessageService.latest(database));
     say(&if args.json {
         format!(
             "{}\n",
             serde_json::json!({ "applied": applied, "version": version })
         )
     } else if applied == 0 {
-        format!("{} is up to date at version {version}\n", file.display())
+        format!("{name} is up to date at version {version}\n")
     } else {
-        format!("{} is at version {version} now\n", file.display())
+        format!("{name} is at version {version} now\n")
     })
 }
 
-/// The file that `serve` would open with the same flags in the same place.
-fn store_file(store: Option<String>, config: Option<PathBuf>) -> Result<PathBuf, Failure> {
-    if let Some(url) = store {
-        return sqlite_file(&url).map_err(Failure);
+/// The store that `serve` would open with the same flags in the same place.
+fn place(store: Option<String>, config: Option<PathBuf>) -> Result<Place, Failure> {
+    let Some(url) = store else {
+        let path = config.unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
+        let file = Config::load(&path, Settings::default())?.server.store;
+        return Ok(Place::File(file));
+    };
+    if !["postgres://", "postgresql://"]
+        .iter()
+        .any(|scheme| url.starts_with(scheme))
+    {
+        return sqlite_file(&url).map(Place::File).map_err(Failure);
     }
-    let path = config.unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
-    Ok(Config::load(&path, Settings::default())?.server.store)
+    // What is wrong is said without the URL, which may carry a password.
+    let options: PgConnectOptions = url.parse().map_err(|error| {
+        Failure(format!(
+            "store: cannot read the address of the database: {error}"
+        ))
+    })?;
+    Ok(Place::Server(Box::new(options)))
+}
+
+impl Place {
+    /// For people; without a password.
+    fn name(&self) -> String {
+        match self {
+            Self::File(file) => file.display().to_string(),
+            Self::Server(options) => format!(
+                "postgres://{}:{}/{}",
+                options.get_host(),
+                options.get_port(),
+                options.get_database().unwrap_or(options.get_username()),
+            ),
+        }
+    }
+}
+
+async fn migrate_postgres(options: &PgConnectOptions) -> Result<usize, Failure> {
+    let failed = |error: &dyn std::fmt::Display| {
+        let name = Place::Server(Box::new(options.clone())).name();
+        Failure(format!("cannot migrate {name}: {error}"))
+    };
+    let mut connection = options.connect().await.map_err(|error| failed(&error))?;
+    let applied = Owner::MessageService
+        .apply(&mut connection)
+        .await
+        .map_err(|error| failed(&error))?;
+    Ok(applied)
 }
 
 /// Writes to standard output. A reader that has read enough is no failure.

@@ -1,6 +1,9 @@
 //! Schemas are applied once, or printed for a person.
 
-use crate::process::{folder, printed};
+use handfast_migrations::{Database, Owner};
+
+use crate::process::{folder, printed, refused};
+use crate::scratch::Scratch;
 
 #[tokio::test]
 async fn migrating_twice_applies_nothing_the_second_time() {
@@ -33,8 +36,43 @@ async fn printing_touches_nothing_and_needs_no_configuration() {
         ("fence", "handfast_fence_version"),
         ("inbox", "handfast_inbox_version"),
     ] {
-        let sql = printed(empty.path(), &["migrate", "--print", "--owner", owner]).await;
+        let print = ["migrate", "--print", "--owner", owner];
+        let sql = printed(empty.path(), &print).await;
         assert!(sql.contains(table) && sql.contains("COMMIT;"), "{sql}");
+        let print = [&print[..], &["--database", "postgres"]].concat();
+        let sql = printed(empty.path(), &print).await;
+        assert!(sql.contains(table) && sql.contains("timestamptz"), "{sql}");
     }
     assert_eq!(std::fs::read_dir(empty.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_store_on_postgresql_is_migrated_once() {
+    let scratch = Scratch::create().await;
+    let empty = tempfile::tempdir().unwrap();
+    let url = scratch.url();
+    let arguments = ["migrate", "--store", &url, "--json"];
+    let steps = Owner::MessageService.steps(Database::Postgres).len();
+    for applied in [steps, 0] {
+        let said: serde_json::Value =
+            serde_json::from_str(&printed(empty.path(), &arguments).await).unwrap();
+        assert_eq!(said["applied"], applied);
+        assert_eq!(
+            said["version"],
+            Owner::MessageService.latest(Database::Postgres)
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_is_named_without_its_password() {
+    let empty = tempfile::tempdir().unwrap();
+    let url = "postgres://me:secret@127.0.0.1:1/shop";
+    let (code, line) = refused(empty.path(), &["migrate", "--store", url]).await;
+    assert_eq!(code, 1);
+    assert!(
+        line.contains("cannot migrate postgres://127.0.0.1:1/shop"),
+        "{line}"
+    );
+    assert!(!line.contains("secret"), "{line}");
 }
