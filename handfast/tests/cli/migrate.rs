@@ -1,6 +1,7 @@
 //! Schemas are applied once, or printed for a person.
 
 use handfast_migrations::{Database, Owner};
+use sqlx::ConnectOptions as _;
 
 use crate::process::{folder, printed, refused};
 use crate::scratch::Scratch;
@@ -50,7 +51,7 @@ async fn printing_touches_nothing_and_needs_no_configuration() {
 async fn a_store_on_postgresql_is_migrated_once() {
     let scratch = Scratch::create().await;
     let empty = tempfile::tempdir().unwrap();
-    let url = scratch.url();
+    let url = scratch.options().to_url_lossy().to_string();
     let arguments = ["migrate", "--store", &url, "--json"];
     let steps = Owner::MessageService.steps(Database::Postgres).len();
     for applied in [steps, 0] {

@@ -16,7 +16,7 @@ async fn memory() -> SqliteConnection {
 }
 
 async fn postgres(scratch: &Scratch) -> PgConnection {
-    PgConnection::connect(&scratch.url()).await.unwrap()
+    scratch.options().connect().await.unwrap()
 }
 
 async fn apply_twice<C: SchemaConnection>(db: &mut C) {

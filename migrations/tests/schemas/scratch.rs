@@ -24,11 +24,6 @@ impl Scratch {
     pub(crate) fn options(&self) -> PgConnectOptions {
         self.server.clone().database(&self.name)
     }
-
-    /// The same as text.
-    pub(crate) fn url(&self) -> String {
-        self.options().to_url_lossy().to_string()
-    }
 }
 
 impl Drop for Scratch {

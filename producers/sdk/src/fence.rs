@@ -4,8 +4,10 @@
 //! SDK after a rollback, writes ROLLED_BACK. The primary key lets exactly one of them win: who
 //! comes second reads what the first has written. So a verdict, once given, stays true.
 //!
-//! [`FenceDatabase`] is what a kind of database must be able to do; [`sqlite`] does it.
+//! [`FenceDatabase`] is what a kind of database must be able to do; [`sqlite`] and [`postgres`]
+//! do it.
 
+pub mod postgres;
 pub mod sqlite;
 
 use std::any::Any;
@@ -16,7 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use handfast_fail_points::{Point, hit};
-use sqlx::{Database, Pool, Transaction};
+use sqlx::{Connection as _, Database, Pool};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 /// How long a fence row is kept unless told otherwise.
@@ -24,6 +27,9 @@ pub const DEFAULT_RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// Fence rows that one statement of [`Fence::prune`] removes at most.
 pub const PRUNE_SLICE_ROWS: u32 = 1_000;
+
+/// An answer that takes longer will not come: the connection is given up.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Pools whose fence a producer remembers; the oldest is read again.
 const MAX_KNOWN_FENCES: usize = 64;
@@ -87,7 +93,7 @@ pub enum FenceError {
     /// The database did not answer.
     #[error("cannot {doing} the fence: {source}")]
     Database {
-        /// `read`, `open` or `prune`.
+        /// `read`, `migrate` or `prune`.
         doing: &'static str,
         /// What the database said.
         source: sqlx::Error,
@@ -122,6 +128,14 @@ pub enum FenceError {
 /// Each method is one small step, so that what must happen in which order is written once, in
 /// this module. A future of this trait may be polled in a task of its own.
 pub trait FenceDatabase: Database {
+    /// Begins a business transaction, in which the fence row can be inserted without a deadlock
+    /// and whose commit is durable.
+    const BEGIN: &'static str;
+
+    /// Begins the transaction of one question: it sees, in each statement, what was committed
+    /// before that statement, and its commit is durable.
+    const BEGIN_CHECK: &'static str;
+
     /// Applies the fence's schema; a repeat changes nothing.
     fn migrate(pool: &Pool<Self>) -> impl Future<Output = Result<(), FenceError>> + Send;
 
@@ -134,11 +148,11 @@ pub trait FenceDatabase: Database {
     /// most 200 ms for a lock.
     fn check_pool(pool: &Pool<Self>) -> Pool<Self>;
 
-    /// Begins a transaction that sees, in each statement, what was committed before that
-    /// statement, and in which the fence row can be inserted without a deadlock.
-    fn begin(
-        pool: &Pool<Self>,
-    ) -> impl Future<Output = Result<Transaction<'static, Self>, sqlx::Error>> + Send;
+    /// Whether COMMIT would commit the transaction in which the fence row was inserted, or say
+    /// that it did not. An error means that it would not.
+    fn may_commit(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<bool, sqlx::Error>> + Send;
 
     /// Inserts a row unless there is one; waits for whoever is inserting the same. True if it
     /// was inserted.
@@ -172,7 +186,14 @@ pub trait FenceDatabase: Database {
 /// Applies the schema of the fence to the database behind `pool`; a repeat changes nothing.
 /// A schema newer than this program is refused.
 pub async fn migrate<DB: FenceDatabase>(pool: &Pool<DB>) -> Result<(), FenceError> {
-    DB::migrate(pool).await
+    let pool = pool.clone();
+    // A task of its own, for the same reason as in `settle_in_task`.
+    tokio::spawn(async move { DB::migrate(&pool).await })
+        .await
+        .unwrap_or(Err(FenceError::Database {
+            doing: "migrate",
+            source: sqlx::Error::WorkerCrashed,
+        }))
 }
 
 /// The fence of one database.
@@ -225,8 +246,13 @@ impl<DB: FenceDatabase> Fence<DB> {
         let before_us = now_us.saturating_sub(micros(retention));
         let mut removed = 0;
         loop {
-            let slice = DB::prune(&self.pool, before_us, PRUNE_SLICE_ROWS)
+            let pool = self.pool.clone();
+            // A task of its own, for the same reason as in `settle_in_task`.
+            let slice =
+                tokio::spawn(async move { DB::prune(&pool, before_us, PRUNE_SLICE_ROWS).await });
+            let slice = slice
                 .await
+                .unwrap_or(Err(sqlx::Error::WorkerCrashed))
                 .map_err(prune)?;
             removed += slice;
             if slice < u64::from(PRUNE_SLICE_ROWS) {
@@ -256,7 +282,7 @@ async fn settle<DB: FenceDatabase>(
     id: Uuid,
     asker: Asker,
 ) -> Result<Settled, sqlx::Error> {
-    match try_settle(pool, id, asker).await {
+    match settle_or_give_up(pool, id, asker).await {
         Ok(FenceVerdict::Committed) => Ok(Settled::Committed),
         Ok(FenceVerdict::RolledBack) => Ok(Settled::RolledBack),
         Err(error) if DB::is_busy(&error) || matches!(error, sqlx::Error::PoolTimedOut) => {
@@ -266,12 +292,26 @@ async fn settle<DB: FenceDatabase>(
     }
 }
 
-async fn try_settle<DB: FenceDatabase>(
+async fn settle_or_give_up<DB: FenceDatabase>(
     pool: &Pool<DB>,
     id: Uuid,
     asker: Asker,
 ) -> Result<FenceVerdict, sqlx::Error> {
-    let mut tx = DB::begin(pool).await?;
+    let mut connection = pool.acquire().await?;
+    let settled = timeout(SETTLE_TIMEOUT, try_settle::<DB>(&mut connection, id, asker)).await;
+    settled.unwrap_or_else(|_| {
+        // Back in the pool it would be waited for again.
+        connection.close_on_drop();
+        Err(sqlx::Error::PoolTimedOut)
+    })
+}
+
+async fn try_settle<DB: FenceDatabase>(
+    connection: &mut DB::Connection,
+    id: Uuid,
+    asker: Asker,
+) -> Result<FenceVerdict, sqlx::Error> {
+    let mut tx = connection.begin_with(DB::BEGIN_CHECK).await?;
     DB::insert(&mut tx, id, FenceVerdict::RolledBack).await?;
     // Only a second statement sees what another transaction has just committed.
     let verdict = DB::read(&mut tx, id)
@@ -285,6 +325,24 @@ async fn try_settle<DB: FenceDatabase>(
         hit(Point::PRODUCER_CHECK_AFTER_COMMIT);
     }
     Ok(verdict)
+}
+
+/// What the table's word means.
+fn verdict(word: &str) -> Result<FenceVerdict, sqlx::Error> {
+    match word {
+        "COMMITTED" => Ok(FenceVerdict::Committed),
+        "ROLLED_BACK" => Ok(FenceVerdict::RolledBack),
+        other => Err(sqlx::Error::Decode(
+            format!("the fence has a verdict `{other}` that this program does not know").into(),
+        )),
+    }
+}
+
+fn read(source: sqlx::Error) -> FenceError {
+    FenceError::Database {
+        doing: "read",
+        source,
+    }
 }
 
 pub(crate) fn micros(duration: Duration) -> i64 {

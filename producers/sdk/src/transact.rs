@@ -33,6 +33,8 @@ use crate::pace::Pace;
 const MAX_RESTARTS: u32 = 2;
 /// The fence is asked for this long after a failed commit or a rollback.
 const SETTLE_BUDGET: Duration = Duration::from_secs(2);
+/// A commit that takes longer has an unknown outcome. A standby may have to be waited for.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A caller waits this long for its confirm or cancel; they go on behind its back.
 const CALLER_WAITS: Duration = Duration::from_secs(1);
 
@@ -59,6 +61,18 @@ impl<DB: Database> Tx<DB> {
     /// The id that the message has if this try commits.
     pub const fn message_id(&self) -> Uuid {
         self.message_id
+    }
+}
+
+impl<DB: FenceDatabase> Tx<DB> {
+    /// Commits. After a failed statement PostgreSQL rolls back at COMMIT and calls that a
+    /// success, so it is asked before.
+    async fn commit(mut self) -> Result<(), sqlx::Error> {
+        if !DB::may_commit(&mut self.transaction).await? {
+            let what = "the business has ended its transaction itself";
+            return Err(sqlx::Error::Protocol(what.to_owned()));
+        }
+        self.transaction.commit().await
     }
 }
 
@@ -265,9 +279,10 @@ impl Producer {
         let (producer, pool) = (self.clone(), pool.clone());
         let task = self.shared.tasks.spawn(async move {
             hit(Point::PRODUCER_BEFORE_COMMIT);
-            let commit = match tx.transaction.commit().await {
-                Ok(()) => Commit::Committed,
-                Err(error) => ask_after_failed_commit(&pool, message_id, error).await,
+            let commit = match timeout(COMMIT_TIMEOUT, tx.commit()).await {
+                Ok(Ok(())) => Commit::Committed,
+                Ok(Err(error)) => ask_after_failed_commit(&pool, message_id, error).await,
+                Err(_) => ask_after_failed_commit(&pool, message_id, no_reply()).await,
             };
             let settled = match &commit {
                 Commit::Committed => {
@@ -300,7 +315,8 @@ impl Producer {
         let (producer, pool) = (self.clone(), pool.clone());
         let task = self.shared.tasks.spawn(async move {
             let id = tx.message_id;
-            if let Err(error) = tx.transaction.rollback().await {
+            let rolled_back = timeout(SETTLE_BUDGET, tx.transaction.rollback()).await;
+            if let Err(error) = rolled_back.unwrap_or_else(|_| Err(no_reply())) {
                 // Dropping the transaction has queued another rollback.
                 tracing::warn!(message.id = %id, %error, "the rollback of a business transaction failed");
             }
@@ -399,19 +415,32 @@ async fn begin_fenced<DB: FenceDatabase>(
     pool: &Pool<DB>,
     id: Uuid,
 ) -> Result<Begun<DB>, sqlx::Error> {
-    let mut transaction = DB::begin(pool).await?;
-    if DB::insert(&mut transaction, id, FenceVerdict::Committed).await? {
-        hit(Point::PRODUCER_FENCED);
-        return Ok(Begun::Open(Tx {
-            transaction,
-            message_id: id,
-        }));
+    let mut transaction = pool.begin_with(DB::BEGIN).await?;
+    match DB::insert(&mut transaction, id, FenceVerdict::Committed).await {
+        Ok(true) => {
+            hit(Point::PRODUCER_FENCED);
+            return Ok(Begun::Open(Tx {
+                transaction,
+                message_id: id,
+            }));
+        }
+        Ok(false) => {}
+        // Above READ COMMITTED this is how PostgreSQL says that a check was faster.
+        Err(error) if DB::is_busy(&error) => {}
+        Err(error) => return Err(error),
     }
-    let verdict = DB::read(&mut transaction, id)
-        .await?
-        .ok_or(sqlx::Error::RowNotFound)?;
     transaction.rollback().await?;
-    Ok(Begun::Fenced(verdict))
+    // What the row says is read as a check reads it.
+    match settle_in_task(pool, id, Asker::Sdk).await? {
+        Settled::Committed => Ok(Begun::Fenced(FenceVerdict::Committed)),
+        Settled::RolledBack => Ok(Begun::Fenced(FenceVerdict::RolledBack)),
+        Settled::InProgress => Err(sqlx::Error::PoolTimedOut),
+    }
+}
+
+/// What a database that does not answer is taken to have said.
+fn no_reply() -> sqlx::Error {
+    sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
 }
 
 /// A commit that failed may have happened: only the fence knows.
@@ -424,7 +453,7 @@ async fn ask_after_failed_commit<DB: FenceDatabase>(
         Ok(Settled::Committed) => Commit::Committed,
         Ok(Settled::RolledBack) => Commit::RolledBack(error),
         Ok(Settled::InProgress) => Commit::Unknown(format!(
-            "COMMIT failed ({error}) and the fence was locked for {} ms",
+            "COMMIT failed ({error}) and the fence did not answer in {} ms",
             SETTLE_BUDGET.as_millis()
         )),
         Err(fence) => Commit::Unknown(format!(

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use handfast_migrations::Owner;
 use sqlx::sqlite::{Sqlite, SqliteConnection, SqlitePoolOptions};
-use sqlx::{Pool, SqlitePool, Transaction};
+use sqlx::{Pool, SqlitePool};
 use uuid::Uuid;
 
-use super::{FenceDatabase, FenceError, FenceIdentity, FenceVerdict};
+use super::{FenceDatabase, FenceError, FenceIdentity, FenceVerdict, read, verdict};
 
 /// Longer than this a status check does not wait for the business's lock.
 const CHECK_LOCK_WAIT: Duration = Duration::from_millis(200);
@@ -23,6 +23,9 @@ const CHECK_ACQUIRE_WAIT: Duration = Duration::from_secs(2);
 const SYNCHRONOUS_FULL: i64 = 2;
 
 impl FenceDatabase for Sqlite {
+    const BEGIN: &'static str = "BEGIN IMMEDIATE";
+    const BEGIN_CHECK: &'static str = "BEGIN IMMEDIATE";
+
     async fn migrate(pool: &SqlitePool) -> Result<(), FenceError> {
         let mut connection = pool.acquire().await.map_err(read)?;
         Owner::Fence.apply(&mut *connection).await?;
@@ -60,8 +63,9 @@ impl FenceDatabase for Sqlite {
             .connect_lazy_with(options)
     }
 
-    async fn begin(pool: &SqlitePool) -> Result<Transaction<'static, Self>, sqlx::Error> {
-        pool.begin_with("BEGIN IMMEDIATE").await
+    async fn may_commit(_: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+        // If SQLite has ended the transaction by itself, COMMIT is an error.
+        Ok(true)
     }
 
     async fn insert(
@@ -85,19 +89,12 @@ impl FenceDatabase for Sqlite {
         connection: &mut SqliteConnection,
         id: Uuid,
     ) -> Result<Option<FenceVerdict>, sqlx::Error> {
-        let verdict: Option<String> =
+        let found: Option<String> =
             sqlx::query_scalar("SELECT verdict FROM handfast_fence WHERE message_id = ?")
                 .bind(&id.as_bytes()[..])
                 .fetch_optional(connection)
                 .await?;
-        match verdict.as_deref() {
-            None => Ok(None),
-            Some("COMMITTED") => Ok(Some(FenceVerdict::Committed)),
-            Some("ROLLED_BACK") => Ok(Some(FenceVerdict::RolledBack)),
-            Some(other) => Err(sqlx::Error::Decode(
-                format!("the fence has a verdict `{other}` that this program does not know").into(),
-            )),
-        }
+        found.as_deref().map(verdict).transpose()
     }
 
     fn is_busy(error: &sqlx::Error) -> bool {
@@ -160,11 +157,4 @@ async fn refuse_if_not_durable(connection: &mut SqliteConnection) -> Result<(), 
         return Err(FenceError::Exclusive);
     }
     Ok(())
-}
-
-fn read(source: sqlx::Error) -> FenceError {
-    FenceError::Database {
-        doing: "read",
-        source,
-    }
 }

@@ -2,6 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
+mod asking;
+mod postgres;
+#[path = "../../../../migrations/tests/schemas/scratch.rs"]
+mod scratch;
 mod scripted;
 mod status;
 mod transact;

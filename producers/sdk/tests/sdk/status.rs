@@ -4,82 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use handfast_producer::proto::v1::business_status_client::BusinessStatusClient;
 use handfast_producer::proto::v1::{self, CheckRequest, MessageState, VerdictKind};
 use handfast_producer::{
-    Answer, BusinessStatus, Fence, FenceIdentity, Message, Outcome, Question, StatusServer,
-    StatusServerError,
+    Answer, BusinessStatus, Fence, Message, Outcome, Question, StatusServer, StatusServerError,
 };
-use sqlx::SqlitePool;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
-use tonic::transport::Channel;
 use uuid::Uuid;
 
+use crate::asking::{Asking, serving};
 use crate::world::{World, buy, count, open};
-
-struct Asking {
-    client: BusinessStatusClient<Channel>,
-    fence: FenceIdentity,
-    now_us: i64,
-    _stop: DropGuard,
-}
-
-async fn serving(server: StatusServer) -> (BusinessStatusClient<Channel>, DropGuard) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let stop = CancellationToken::new();
-    tokio::spawn(server.serve_on(listener, stop.clone()));
-    let client = BusinessStatusClient::connect(url).await.unwrap();
-    (client, stop.drop_guard())
-}
-
-impl Asking {
-    async fn about(pool: &SqlitePool) -> Self {
-        let (client, stop) = serving(StatusServer::new().fence(pool.clone())).await;
-        Self {
-            client,
-            fence: Fence::open(pool).await.unwrap().identity(),
-            now_us: count(
-                pool,
-                "SELECT CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
-            )
-            .await,
-            _stop: stop,
-        }
-    }
-
-    fn question(&self, id: Uuid) -> v1::Question {
-        v1::Question {
-            message_id: id.as_bytes().to_vec(),
-            topic: "order.paid".into(),
-            key: None,
-            fence: self.fence.as_bytes().to_vec(),
-            prepared_at: self.now_us,
-        }
-    }
-
-    async fn ask(&mut self, question: v1::Question) -> VerdictKind {
-        self.ask_all(vec![question]).await[0]
-    }
-
-    async fn ask_all(&mut self, questions: Vec<v1::Question>) -> Vec<VerdictKind> {
-        let ids: Vec<_> = questions
-            .iter()
-            .map(|question| question.message_id.clone())
-            .collect();
-        let reply = self.client.check(CheckRequest { questions }).await.unwrap();
-        let verdicts = reply.into_inner().verdicts;
-        let answered: Vec<_> = verdicts
-            .iter()
-            .map(|verdict| verdict.message_id.clone())
-            .collect();
-        assert_eq!(answered, ids);
-        verdicts.iter().map(v1::Verdict::kind).collect()
-    }
-}
 
 #[tokio::test]
 async fn a_committed_business_is_committed() {
