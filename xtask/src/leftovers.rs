@@ -69,3 +69,68 @@ fn belongs(process: &Path, program: &Path, folder: &Path) -> bool {
     // PostgreSQL writes over its environment, but works in its folder.
     is_at("exe", program) || is_at("cwd", folder) || names("cmdline") || names("environ")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt as _;
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_seen_by_its_program_place_words_or_environment() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().canonicalize().unwrap();
+        let other = Path::new("/no/such/program");
+        let seen = |program: &Path| processes(program, &folder).unwrap().len();
+        assert_eq!(seen(other), 0);
+
+        let named = folder.join("file").display().to_string();
+        let mut by_place = cat();
+        by_place.current_dir(&folder);
+        let mut by_word = cat();
+        by_word.arg0(&named);
+        let mut by_environment = cat();
+        by_environment.env("ANY", &named);
+        for mut command in [by_place, by_word, by_environment] {
+            let child = Waiting::start(&mut command);
+            assert_eq!(seen(other), 1, "{command:?}");
+            drop(child);
+            assert_eq!(seen(other), 0, "{command:?}");
+        }
+
+        let own = std::env::current_exe().unwrap();
+        assert!(seen(&own) > 0);
+    }
+
+    #[test]
+    fn a_file_that_was_left_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("program");
+        fs::write(&program, "").unwrap();
+        let left = none_of(&program, folder.path()).unwrap_err();
+        assert!(left.ends_with("/program"), "{left}");
+    }
+
+    /// Waits for its standard input to end.
+    fn cat() -> Command {
+        let mut cat = Command::new("cat");
+        cat.stdin(Stdio::piped()).stdout(Stdio::null());
+        cat
+    }
+
+    struct Waiting(Child);
+
+    impl Waiting {
+        fn start(command: &mut Command) -> Self {
+            Self(command.spawn().unwrap())
+        }
+    }
+
+    impl Drop for Waiting {
+        fn drop(&mut self) {
+            drop(self.0.stdin.take());
+            self.0.wait().unwrap();
+        }
+    }
+}

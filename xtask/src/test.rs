@@ -15,13 +15,15 @@ use crate::{leftovers, progress};
 const POSTGRES: &str = "HANDFAST_TEST_POSTGRES";
 const AMQP: &str = "HANDFAST_TEST_AMQP";
 /// What kills processes, fills disks and starts servers would disturb the others and itself.
-const SERIAL: [&str; 6] = [
+const SERIAL: [&str; 8] = [
     "test",
     "--workspace",
     "--test",
     "crash",
     "--test",
     "servers",
+    "--test",
+    "up",
 ];
 const LIGHT: [&str; 2] = ["test", "--workspace"];
 

@@ -22,7 +22,7 @@ use crate::{Error, Options, wait};
 
 const GUARD: &str = include_str!("guard.sh");
 /// Longer than the guard's own patience.
-const REMOVED_WITHIN: Duration = Duration::from_secs(20);
+const REMOVED_WITHIN: Duration = Duration::from_secs(30);
 const KILLED_WITHIN: Duration = Duration::from_secs(10);
 
 /// A temporary folder with a guard: it goes when this is dropped and also when this process is
@@ -109,9 +109,7 @@ impl Folder {
             .map(Pid::from_raw)
             .collect()
     }
-}
 
-impl Folder {
     /// Ends the server and removes the folder: lets go of the pipe, and waits for the guard.
     pub(crate) fn remove(&mut self) {
         drop(self.guard.stdin.take());

@@ -27,11 +27,16 @@ nobody_within() {
     done
 }
 
-# PostgreSQL has something outside: a segment of shared memory. Told to quit, it removes it.
+# PostgreSQL has something outside: a segment of shared memory. Told to quit, it removes it. Its
+# lock file may be an old one, and the id be another's by now.
 lock=$folder/data/postmaster.pid
-if [ -s "$lock" ] && kill -QUIT "$(head -n 1 "$lock")" 2>/dev/null; then
+postmaster=$(head -n 1 "$lock" 2>/dev/null)
+case " $(who | tr '\n' ' ')" in
+*" ${postmaster:-none} "*)
+    kill -QUIT "$postmaster"
     patience_s=5
-fi
+    ;;
+esac
 nobody_within $((patience_s * 10))
 segment=$(sed -n 7p "$lock" 2>/dev/null)
 patience=100

@@ -8,7 +8,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -112,9 +112,18 @@ fn killed_and_started_again_they_keep_what_is_durable() {
 fn a_frozen_node_answers_nobody_until_it_is_thawed() {
     let rabbitmq = RabbitMq::start().unwrap();
     rabbitmq.freeze().unwrap();
-    // The kernel still accepts.
-    assert!(connects(rabbitmq.port()));
+    // The kernel still accepts, and then nobody answers.
+    let mut connection = TcpStream::connect((Ipv4Addr::LOCALHOST, rabbitmq.port())).unwrap();
+    connection.write_all(b"AMQP\x00\x00\x09\x01").unwrap();
+    let briefly = Some(Duration::from_millis(500));
+    connection.set_read_timeout(briefly).unwrap();
+    let answer = connection.read(&mut [0]).unwrap_err();
+    assert_eq!(answer.kind(), ErrorKind::WouldBlock);
+
     rabbitmq.thaw().unwrap();
+    let patiently = Some(Duration::from_secs(10));
+    connection.set_read_timeout(patiently).unwrap();
+    assert_eq!(connection.read(&mut [0]).unwrap(), 1);
     assert_eq!(rabbitmq.eval("1 + 1.").unwrap(), "2");
     rabbitmq.freeze().unwrap();
 }
