@@ -11,7 +11,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::input;
 use crate::pay::{PayError, Payments};
-use crate::store::{Order, State};
+use crate::store::{Order, Records, State};
 use crate::v1::payment_server::Payment as PaymentApi;
 use crate::v1::{GetPaymentRequest, GetPaymentResponse, PayRequest, PayResponse, PaymentStatus};
 
@@ -21,15 +21,15 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The service `payment.v1.Payment`.
 #[derive(Debug)]
-pub struct Api {
-    payments: Payments,
+pub struct Api<S> {
+    payments: Payments<S>,
     pay_deadline: Duration,
     in_flight: Arc<Semaphore>,
 }
 
-impl Api {
+impl<S> Api<S> {
     /// Answers PROCESSING where a payment takes longer than `pay_deadline`.
-    pub fn new(payments: Payments, pay_deadline: Duration) -> Self {
+    pub fn new(payments: Payments<S>, pay_deadline: Duration) -> Self {
         Self {
             payments,
             pay_deadline,
@@ -39,7 +39,7 @@ impl Api {
 }
 
 #[async_trait]
-impl PaymentApi for Api {
+impl<S: Records> PaymentApi for Api<S> {
     async fn pay(&self, request: Request<PayRequest>) -> Result<Response<PayResponse>, Status> {
         let PayRequest {
             caller,

@@ -9,12 +9,17 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::pay::Payments;
+use crate::store::Records;
 
 /// Payments that one run takes at most.
 const MAX_ROWS: u32 = 32;
 
 /// Runs every `interval` until `shutdown`; a run that has begun is finished.
-pub async fn run_until(payments: Payments, interval: Duration, shutdown: CancellationToken) {
+pub async fn run_until(
+    payments: Payments<impl Records>,
+    interval: Duration,
+    shutdown: CancellationToken,
+) {
     loop {
         let stopped = shutdown
             .run_until_cancelled(tokio::time::sleep(interval))
@@ -29,7 +34,7 @@ pub async fn run_until(payments: Payments, interval: Duration, shutdown: Cancell
 }
 
 /// Takes what is due and tries to finish it; returns how many payments it has worked on.
-pub async fn run_once(payments: &Payments) -> Result<usize, sqlx::Error> {
+pub async fn run_once(payments: &Payments<impl Records>) -> Result<usize, sqlx::Error> {
     if !payments.store.has_due().await? {
         return Ok(0);
     }

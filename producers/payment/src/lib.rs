@@ -8,9 +8,10 @@
 //! repeated; the answer is PAID, REFUSED or PROCESSING, and never "failed" for what is not
 //! known; what a crash leaves unfinished is finished by the next call or by the job.
 //!
-//! Reading order: [`options`], [`store`], [`pay`], [`job`], [`api`], [`run`](fn@run).
+//! Reading order: [`options`], [`database`], [`store`], [`pay`], [`job`], [`api`], [`run`](fn@run).
 
 pub mod api;
+pub mod database;
 mod input;
 pub mod job;
 pub mod options;
@@ -19,9 +20,11 @@ pub mod pay;
 pub mod run;
 pub mod store;
 
+pub use database::Database;
 pub use options::Options;
 pub use run::{Error, run, serve};
-pub use store::{open_account, open_database};
+pub use store::open_accounts;
+pub use store::sqlite::{open_account, open_database};
 
 /// The contract `payment/v1/payment.proto`; `tests/contract.rs` proves that it is current.
 pub mod v1 {

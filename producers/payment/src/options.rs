@@ -1,8 +1,9 @@
 //! What the service can be told at start, by flag or environment.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
+
+use crate::database::Database;
 
 /// Flags; each can also be set by the environment variable that its help names.
 #[derive(Clone, Debug, clap::Args)]
@@ -20,9 +21,15 @@ pub struct Options {
     #[arg(long, env = "PAYMENT_SERVICE", default_value = "http://127.0.0.1:7400")]
     pub service: String,
 
-    /// The SQLite file; made if it does not exist.
-    #[arg(long, env = "PAYMENT_DATABASE", default_value = "payment.db")]
-    pub database: PathBuf,
+    /// An SQLite file, made if it does not exist, or postgres://USER@HOST/DATABASE.
+    #[arg(
+        long,
+        env = "PAYMENT_DATABASE",
+        hide_env_values = true,
+        default_value = "payment.db",
+        value_parser = Database::parse
+    )]
+    pub database: Database,
 
     /// Allow addresses that are not loopback, though there is no authentication.
     #[arg(long, env = "PAYMENT_INSECURE_LISTEN")]

@@ -8,7 +8,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::order_locks::{OrderLock, OrderLocks};
-use crate::store::{self, Order, Payment, State, Store, Unpaid};
+use crate::store::{Order, Payment, Records, State, Unpaid};
 
 /// The topic that tells of a payment.
 pub const TOPIC: &str = "payment.completed";
@@ -44,8 +44,8 @@ pub enum PayError {
 
 /// Everything that pays: the API and the job share it.
 #[derive(Clone, Debug)]
-pub struct Payments {
-    pub(crate) store: Store,
+pub struct Payments<S> {
+    pub(crate) store: S,
     producer: Producer,
     locks: OrderLocks,
     /// Payments that go on though their caller may be gone.
@@ -54,10 +54,10 @@ pub struct Payments {
     pub(crate) job_after: Duration,
 }
 
-impl Payments {
+impl<S: Records> Payments<S> {
     /// Pays from `store` and tells by `producer`. A payment is left to its call for
     /// `job_after`, then the job may take it.
-    pub fn new(store: Store, producer: Producer, job_after: Duration) -> Self {
+    pub fn new(store: S, producer: Producer, job_after: Duration) -> Self {
         Self {
             store,
             producer,
@@ -110,8 +110,8 @@ impl Payments {
         self.store.note_try(try_id, order).await?;
         let paid = self
             .producer
-            .transact(&self.store.writer, completed(&payment), async |tx| {
-                store::pay(tx, try_id, &payment).await
+            .transact(self.store.writer(), completed(&payment), async |tx| {
+                S::pay(tx, try_id, &payment).await
             })
             .await;
         match paid {

@@ -1,10 +1,13 @@
 //! Puts the service together, and takes it apart in the right order.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use handfast_producer::{ConnectError, FenceError, Producer, StatusServer, StatusServerError};
+use handfast_producer::{
+    ConnectError, FenceDatabase, FenceError, Producer, StatusServer, StatusServerError,
+};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{Postgres, Sqlite};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -12,10 +15,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::api::Api;
+use crate::database::Database;
 use crate::job;
 use crate::options::Options;
 use crate::pay::Payments;
-use crate::store::Store;
+use crate::store::{Records, Store, postgres};
 use crate::v1::payment_server::PaymentServer;
 
 /// The name under which Handfast knows this producer.
@@ -25,6 +29,8 @@ pub const PRODUCER: &str = "payment";
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(25);
 /// The job leaves a payment alone at least this long.
 const MIN_JOB_AFTER: Duration = Duration::from_secs(1);
+/// A database that is not there is looked for this often.
+const DATABASE_RETRY: Duration = Duration::from_millis(500);
 const MAX_CALL_BYTES: usize = 64 * 1024;
 const MAX_CONCURRENT_STREAMS: u32 = 200;
 const MAX_LOCAL_ERROR_RESETS: usize = 1_024;
@@ -51,12 +57,12 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The file cannot be opened or written.
-    #[error("cannot open the database {}: {source}", path.display())]
+    /// It cannot be opened or written.
+    #[error("cannot open the database {database}: {source}")]
     Database {
         /// As given.
-        path: PathBuf,
-        /// What SQLite said.
+        database: Database,
+        /// What the database said.
         source: sqlx::Error,
     },
     /// The fence in the database cannot be used.
@@ -73,6 +79,17 @@ pub enum Error {
     Serve(#[from] tonic::transport::Error),
 }
 
+impl Error {
+    /// True if only the database's server is not there yet.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Database { source, .. } => postgres::may_pass(source),
+            Self::Fence(FenceError::Database { source, .. }) => postgres::may_pass(source),
+            _ => false,
+        }
+    }
+}
+
 /// Listens where `options` say and serves until `shutdown`; see [`serve`].
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), Error> {
     let listener = listen(options.listen, options.insecure_listen).await?;
@@ -81,7 +98,7 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), Er
 }
 
 /// Serves the payment API, the status server and the job until `shutdown`, or until one of
-/// the servers fails. Handfast need not be there.
+/// the servers fails. Handfast need not be there, and a PostgreSQL server is waited for.
 ///
 /// At a shutdown calls in flight are answered, their confirms sent, and the status server
 /// stops last; after 25 s what is left is left to the job and to the status check.
@@ -91,7 +108,46 @@ pub async fn serve(
     status_listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    let store = Store::open(&options.database).await?;
+    match options.database.clone() {
+        Database::File(path) => {
+            let store = Store::<Sqlite>::open(&path).await?;
+            serve_from(store, options, listener, status_listener, shutdown).await
+        }
+        Database::Server(server) => {
+            let Some(store) = shutdown.run_until_cancelled(opened(&server)).await else {
+                return Ok(());
+            };
+            serve_from(store?, options, listener, status_listener, shutdown).await
+        }
+    }
+}
+
+/// Opens a database as soon as its server lets it.
+async fn opened(server: &PgConnectOptions) -> Result<Store<Postgres>, Error> {
+    let mut said = false;
+    loop {
+        let error = match Store::<Postgres>::open(server).await {
+            Err(error) if error.may_pass() => error,
+            opened => return opened,
+        };
+        if !said {
+            tracing::warn!(%error, "waiting for the database");
+            said = true;
+        }
+        tokio::time::sleep(DATABASE_RETRY).await;
+    }
+}
+
+async fn serve_from<D: FenceDatabase>(
+    store: Store<D>,
+    options: Options,
+    listener: TcpListener,
+    status_listener: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<(), Error>
+where
+    Store<D>: Records<Database = D>,
+{
     let producer = Producer::connect(&options.service, PRODUCER)
         .await?
         .with_deadline(options.pay_deadline());
@@ -122,7 +178,7 @@ pub async fn serve(
     tracing::info!(
         listen = ?listener.local_addr().ok(),
         status_listen = ?status_address,
-        database = %options.database.display(),
+        database = %options.database,
         "payment serves"
     );
 

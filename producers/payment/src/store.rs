@@ -1,26 +1,25 @@
 //! The service's own tables: accounts, payments, and the two journals of tries.
 //!
-//! SQLite lets one transaction write at a time, and lets those who wait poll for their turn.
-//! So this process has one connection that writes, and its callers queue for it in order.
+//! The same statements run on SQLite and on PostgreSQL; how a database is opened is in
+//! [`sqlite`] and [`postgres`]. Balances change by conditional UPDATEs, so that READ COMMITTED
+//! is enough.
 
-use std::path::Path;
+pub mod postgres;
+pub mod sqlite;
+mod statements;
+
+use std::future::Future;
 use std::time::Duration;
 
-use handfast_producer::Tx;
-use sqlx::Sqlite;
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
-    SqliteSynchronous,
-};
+use handfast_producer::{FenceDatabase, Tx};
+use sqlx::{Pool, Postgres, Sqlite};
 use uuid::Uuid;
 
+use crate::database::Database;
 use crate::run::Error;
 
-/// How long a statement waits for another process's transaction.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a caller waits for a connection.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
-const READERS: u32 = 2;
 
 /// The identity of a payment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -69,250 +68,127 @@ pub enum Unpaid {
     Database(#[from] sqlx::Error),
 }
 
-/// The database of this service.
-#[derive(Clone, Debug)]
-pub struct Store {
-    pub(crate) writer: SqlitePool,
-    readers: SqlitePool,
+/// The pools of one database. Where only one transaction writes at a time, its callers queue
+/// for the one connection of `writer` in order.
+#[derive(Debug)]
+pub struct Store<D: sqlx::Database> {
+    pub(crate) writer: Pool<D>,
+    readers: Pool<D>,
 }
 
-/// Opens the file with durable settings and one connection, making it and its tables if they
-/// do not exist.
-pub async fn open_database(path: &Path) -> Result<SqlitePool, Error> {
-    let failed = |source| Error::Database {
-        path: path.to_owned(),
-        source,
-    };
-    let pool = SqlitePoolOptions::new()
-        .max_connections(1)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .connect_with(connect_options(path))
-        .await
-        .map_err(failed)?;
-    handfast_producer::migrate(&pool).await?;
-    sqlx::raw_sql(include_str!("../migrations/0001_payment.sql"))
-        .execute(&pool)
-        .await
-        .map_err(failed)?;
-    Ok(pool)
-}
-
-/// Opens an account with a balance in minor units; one that exists is left as it is.
-pub async fn open_account(pool: &SqlitePool, name: &str, balance: i64) -> Result<(), sqlx::Error> {
-    sqlx::query("INSERT INTO account (name, balance) VALUES (?, ?) ON CONFLICT (name) DO NOTHING")
-        .bind(name)
-        .bind(balance)
-        .execute(pool)
-        .await?;
-    Ok(())
-}
-
-impl Store {
-    /// Opens the file; see [`open_database`].
-    pub async fn open(path: &Path) -> Result<Self, Error> {
-        let writer = open_database(path).await?;
-        let readers = SqlitePoolOptions::new()
-            .max_connections(READERS)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .connect_lazy_with(connect_options(path));
-        Ok(Self { writer, readers })
-    }
-
-    /// Stores a payment as PAYING unless the order has one, and returns what is stored.
-    /// `due_in` from now the job may work on it.
-    pub async fn accept(
-        &self,
-        order: &Order,
-        user: &str,
-        amount: i64,
-        due_in: Duration,
-    ) -> Result<Payment, sqlx::Error> {
-        let inserted = sqlx::query(
-            "INSERT INTO payment
-                 (caller, order_id, user, amount, state, created_at, updated_at, due_at)
-             SELECT ?, ?, ?, ?, 'PAYING', now, now, now + ?
-               FROM (SELECT CAST(unixepoch('subsec') * 1000000 AS INTEGER) AS now)
-              WHERE true
-             ON CONFLICT (caller, order_id) DO NOTHING",
-        )
-        .bind(&order.caller)
-        .bind(&order.order_id)
-        .bind(user)
-        .bind(amount)
-        .bind(micros(due_in))
-        .execute(&self.writer)
-        .await?;
-        if inserted.rows_affected() == 1 {
-            return Ok(Payment {
-                order: order.clone(),
-                user: user.to_owned(),
-                amount,
-                state: State::Paying,
-            });
+// Not derived, because that would ask for a `D` that can be cloned.
+impl<D: sqlx::Database> Clone for Store<D> {
+    fn clone(&self) -> Self {
+        Self {
+            writer: self.writer.clone(),
+            readers: self.readers.clone(),
         }
-        self.find(order).await?.ok_or(sqlx::Error::RowNotFound)
     }
+}
 
-    /// The payment of an order.
-    pub async fn find(&self, order: &Order) -> Result<Option<Payment>, sqlx::Error> {
-        let row: Option<(String, i64, String, Option<String>)> = sqlx::query_as(
-            "SELECT user, amount, state, reason FROM payment WHERE caller = ? AND order_id = ?",
-        )
-        .bind(&order.caller)
-        .bind(&order.order_id)
-        .fetch_optional(&self.readers)
-        .await?;
-        let Some((user, amount, state, reason)) = row else {
-            return Ok(None);
-        };
-        let state = match state.as_str() {
-            "PAYING" => State::Paying,
-            "PAID" => State::Paid,
-            "REFUSED" => State::Refused(reason.unwrap_or_default()),
-            other => {
-                let unknown = format!("a payment has the state `{other}`");
-                return Err(sqlx::Error::Decode(unknown.into()));
-            }
-        };
-        Ok(Some(Payment {
-            order: order.clone(),
-            user,
-            amount,
-            state,
-        }))
-    }
-
-    /// Notes that a transaction is going to be tried.
-    pub async fn note_try(&self, try_id: Uuid, order: &Order) -> Result<(), sqlx::Error> {
-        sqlx::query(
-            "INSERT INTO pay_try (try_id, caller, order_id, at)
-             VALUES (?, ?, ?, CAST(unixepoch('subsec') * 1000000 AS INTEGER))",
-        )
-        .bind(&try_id.as_bytes()[..])
-        .bind(&order.caller)
-        .bind(&order.order_id)
-        .execute(&self.writer)
-        .await?;
-        Ok(())
-    }
-
-    /// Marks a payment that is still PAYING as REFUSED.
-    pub async fn refuse(&self, order: &Order, reason: &str) -> Result<(), sqlx::Error> {
-        sqlx::query(
-            "UPDATE payment
-                SET state = 'REFUSED', reason = ?,
-                    updated_at = CAST(unixepoch('subsec') * 1000000 AS INTEGER)
-              WHERE caller = ? AND order_id = ? AND state = 'PAYING'",
-        )
-        .bind(reason)
-        .bind(&order.caller)
-        .bind(&order.order_id)
-        .execute(&self.writer)
-        .await?;
-        Ok(())
-    }
-
-    /// Takes payments that are due, oldest first, and makes them due again after `lease`:
-    /// two jobs do not get the same one within that time.
-    pub async fn claim_due(&self, lease: Duration, rows: u32) -> Result<Vec<Order>, sqlx::Error> {
-        let orders: Vec<(String, String)> = sqlx::query_as(
-            "UPDATE payment
-                SET due_at = CAST(unixepoch('subsec') * 1000000 AS INTEGER) + ?
-              WHERE rowid IN (SELECT rowid FROM payment
-                               WHERE state = 'PAYING'
-                                 AND due_at <= CAST(unixepoch('subsec') * 1000000 AS INTEGER)
-                               ORDER BY due_at LIMIT ?)
-             RETURNING caller, order_id",
-        )
-        .bind(micros(lease))
-        .bind(rows)
-        .fetch_all(&self.writer)
-        .await?;
-        let orders = orders.into_iter();
-        Ok(orders
-            .map(|(caller, order_id)| Order { caller, order_id })
-            .collect())
-    }
-
-    /// True if some payment is due; asks without writing.
-    pub async fn has_due(&self) -> Result<bool, sqlx::Error> {
-        sqlx::query_scalar(
-            "SELECT EXISTS (SELECT 1 FROM payment
-                             WHERE state = 'PAYING'
-                               AND due_at <= CAST(unixepoch('subsec') * 1000000 AS INTEGER))",
-        )
-        .fetch_one(&self.readers)
-        .await
-    }
-
+impl<D: sqlx::Database> Store<D> {
     pub(crate) async fn close(&self) {
         self.readers.close().await;
         self.writer.close().await;
     }
 }
 
-/// The business transaction: take, credit, mark paid, note.
-pub(crate) async fn pay(
-    tx: &mut Tx<Sqlite>,
-    try_id: Uuid,
-    payment: &Payment,
-) -> Result<(), Unpaid> {
-    let message_id = tx.message_id();
-    let db: &mut SqliteConnection = tx;
-    let taken =
-        sqlx::query("UPDATE account SET balance = balance - ? WHERE name = ? AND balance >= ?")
-            .bind(payment.amount)
-            .bind(&payment.user)
-            .bind(payment.amount)
-            .execute(&mut *db)
-            .await?;
-    if taken.rows_affected() == 0 {
-        return Err(Unpaid::InsufficientBalance);
+/// What can be written and read, on every kind of database.
+pub trait Records: Clone + Send + Sync + 'static {
+    /// Which kind.
+    type Database: FenceDatabase;
+
+    /// Where the business transaction runs.
+    fn writer(&self) -> &Pool<Self::Database>;
+
+    /// Opens an account with a balance in minor units; one that exists is left as it is.
+    fn open_account(
+        &self,
+        name: &str,
+        balance: i64,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Stores a payment as PAYING unless the order has one, and returns what is stored.
+    /// `due_in` from now the job may work on it.
+    fn accept(
+        &self,
+        order: &Order,
+        user: &str,
+        amount: i64,
+        due_in: Duration,
+    ) -> impl Future<Output = Result<Payment, sqlx::Error>> + Send;
+
+    /// The payment of an order.
+    fn find(
+        &self,
+        order: &Order,
+    ) -> impl Future<Output = Result<Option<Payment>, sqlx::Error>> + Send;
+
+    /// Notes that a transaction is going to be tried.
+    fn note_try(
+        &self,
+        try_id: Uuid,
+        order: &Order,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Marks a payment that is still PAYING as REFUSED.
+    fn refuse(
+        &self,
+        order: &Order,
+        reason: &str,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Takes payments that are due, oldest first, and makes them due again after `lease`:
+    /// two jobs do not get the same one within that time.
+    fn claim_due(
+        &self,
+        lease: Duration,
+        rows: u32,
+    ) -> impl Future<Output = Result<Vec<Order>, sqlx::Error>> + Send;
+
+    /// True if some payment is due; asks without writing.
+    fn has_due(&self) -> impl Future<Output = Result<bool, sqlx::Error>> + Send;
+
+    /// The business transaction: mark paid, note, take, credit.
+    fn pay(
+        tx: &mut Tx<Self::Database>,
+        try_id: Uuid,
+        payment: &Payment,
+    ) -> impl Future<Output = Result<(), Unpaid>> + Send;
+}
+
+/// Opens accounts in a database, making it and its tables if they do not exist. An account
+/// that exists is left as it is.
+pub async fn open_accounts(
+    database: &Database,
+    accounts: impl IntoIterator<Item = (String, i64)> + Send,
+) -> Result<(), Error> {
+    match database {
+        Database::File(path) => {
+            let store = Store::<Sqlite>::open(path).await?;
+            let opened = fill(&store, accounts).await;
+            store.close().await;
+            opened
+        }
+        Database::Server(options) => {
+            let store = Store::<Postgres>::open(options).await?;
+            let opened = fill(&store, accounts).await;
+            store.close().await;
+            opened
+        }
     }
-    sqlx::query(
-        "INSERT INTO account (name, balance) VALUES (?, ?)
-         ON CONFLICT (name) DO UPDATE SET balance = balance + excluded.balance",
-    )
-    .bind(&payment.order.caller)
-    .bind(payment.amount)
-    .execute(&mut *db)
-    .await?;
-    let marked = sqlx::query(
-        "UPDATE payment
-            SET state = 'PAID', message_id = ?,
-                updated_at = CAST(unixepoch('subsec') * 1000000 AS INTEGER)
-          WHERE caller = ? AND order_id = ? AND state = 'PAYING'",
-    )
-    .bind(&message_id.as_bytes()[..])
-    .bind(&payment.order.caller)
-    .bind(&payment.order.order_id)
-    .execute(&mut *db)
-    .await?;
-    if marked.rows_affected() == 0 {
-        return Err(Unpaid::NotPaying);
+    .map_err(|source| Error::Database {
+        database: database.clone(),
+        source,
+    })
+}
+
+async fn fill(
+    store: &impl Records,
+    accounts: impl IntoIterator<Item = (String, i64)>,
+) -> Result<(), sqlx::Error> {
+    for (name, balance) in accounts {
+        store.open_account(&name, balance).await?;
     }
-    sqlx::query(
-        "INSERT INTO pay_done (try_id, message_id, caller, order_id, at)
-         VALUES (?, ?, ?, ?, CAST(unixepoch('subsec') * 1000000 AS INTEGER))",
-    )
-    .bind(&try_id.as_bytes()[..])
-    .bind(&message_id.as_bytes()[..])
-    .bind(&payment.order.caller)
-    .bind(&payment.order.order_id)
-    .execute(&mut *db)
-    .await?;
     Ok(())
-}
-
-fn connect_options(path: &Path) -> SqliteConnectOptions {
-    SqliteConnectOptions::new()
-        .filename(path)
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(BUSY_TIMEOUT)
-}
-
-fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }

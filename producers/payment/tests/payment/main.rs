@@ -2,59 +2,63 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
+mod database;
+#[path = "../../../../migrations/tests/schemas/scratch.rs"]
+mod scratch;
 #[expect(dead_code, reason = "the SDK's tests use more of it than these")]
-#[path = "../../sdk/tests/sdk/scripted.rs"]
+#[path = "../../../sdk/tests/sdk/scripted.rs"]
 mod scripted;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use database::{Kind, on_every_database};
 use handfast_producer::proto::v1::MessageState;
 use handfast_producer::proto::v1::business_status_client::BusinessStatusClient;
 use handfast_producer::proto::v1::{CheckRequest, Question, VerdictKind};
 use payment::client::*;
-use payment::{Options, job, open_account, open_database, pay, serve, store};
+use payment::{Database, Options, job, open_accounts, pay, serve, store};
+use scratch::Scratch;
 use scripted::{Fault, PATIENCE, Scripted};
-use sqlx::SqlitePool;
-use tempfile::TempDir;
-use tokio::net::TcpListener;
+use sqlx::{Pool, Postgres};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-struct World {
+struct World<D: Kind> {
     handfast: Scripted,
     options: Options,
     client: PaymentClient<Channel>,
     status_url: String,
-    pool: SqlitePool,
+    pool: Pool<D>,
     running: JoinHandle<Result<(), payment::Error>>,
     stop: CancellationToken,
-    _folder: TempDir,
+    home: D::Home,
 }
 
-impl World {
+impl<D: Kind> World<D> {
     async fn new() -> Self {
         Self::with(|_| {}).await
     }
 
     async fn with(change: impl FnOnce(&mut Options)) -> Self {
         let handfast = Scripted::start().await;
-        let folder = tempfile::tempdir().unwrap();
+        let home = D::home().await;
         let mut options = Options {
             listen: "127.0.0.1:0".parse().unwrap(),
             status_listen: "127.0.0.1:0".parse().unwrap(),
             service: handfast.url.clone(),
-            database: folder.path().join("payment.db"),
+            database: D::database(&home),
             insecure_listen: false,
             job_interval_ms: 3_600_000,
             pay_deadline_ms: 10_000,
         };
         change(&mut options);
-        let pool = open_database(&options.database).await.unwrap();
-        open_account(&pool, "ann", 1_000).await.unwrap();
+        let ann = [("ann".to_owned(), 1_000)];
+        open_accounts(&options.database, ann).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let status_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -71,10 +75,10 @@ impl World {
             client: PaymentClient::connect(url).await.unwrap(),
             status_url,
             options,
-            pool,
+            pool: D::pool(&home),
             running,
             stop,
-            _folder: folder,
+            home,
         }
     }
 
@@ -92,7 +96,7 @@ impl World {
     }
 
     async fn number(&self, sql: &'static str) -> i64 {
-        sqlx::query_scalar(sql).fetch_one(&self.pool).await.unwrap()
+        D::number(&self.pool, sql).await
     }
 
     async fn balances(&self) -> (i64, i64) {
@@ -112,8 +116,8 @@ impl World {
     }
 
     /// A second set of hands on the same database, as another process would be.
-    async fn other_payments(&self) -> pay::Payments {
-        let store = store::Store::open(&self.options.database).await.unwrap();
+    async fn other_payments(&self) -> pay::Payments<D::Store> {
+        let store = D::store(&self.home).await;
         let producer = handfast_producer::Producer::connect(&self.handfast.url, "payment")
             .await
             .unwrap();
@@ -143,9 +147,26 @@ fn order(id: &str) -> store::Order {
     }
 }
 
-#[tokio::test]
-async fn a_payment_moves_money_and_tells() {
-    let world = World::new().await;
+on_every_database! {
+    a_payment_moves_money_and_tells,
+    twenty_equal_requests_at_once_deduct_once,
+    two_processes_with_the_same_order_deduct_once,
+    another_amount_or_user_for_the_same_order_is_a_conflict,
+    too_small_a_balance_is_refused_and_stays_refused,
+    what_became_of_a_payment_can_be_asked,
+    an_unreachable_handfast_is_processing_and_the_job_finishes_it,
+    a_slow_payment_is_processing_and_goes_on,
+    a_key_that_another_try_holds_is_processing,
+    a_job_that_is_started_twice_takes_each_payment_once,
+    malformed_requests_name_their_field,
+    a_status_check_is_answered_from_the_same_database,
+    a_shutdown_answers_what_is_in_flight,
+    what_cannot_be_opened_or_listened_on_is_one_line,
+    those_who_pay_each_other_do_not_wait_for_each_other,
+}
+
+async fn a_payment_moves_money_and_tells<D: Kind>() {
+    let world = World::<D>::new().await;
     let paid = world.pay("1", "ann", 300).await.unwrap();
     assert_eq!(paid.status(), PaymentStatus::Paid);
     assert_eq!(world.balances().await, (700, 300));
@@ -162,9 +183,8 @@ async fn a_payment_moves_money_and_tells() {
     );
 }
 
-#[tokio::test]
-async fn twenty_equal_requests_at_once_deduct_once() {
-    let world = World::new().await;
+async fn twenty_equal_requests_at_once_deduct_once<D: Kind>() {
+    let world = World::<D>::new().await;
     let mut calls = JoinSet::new();
     for _ in 0..20 {
         let client = world.client.clone();
@@ -179,9 +199,8 @@ async fn twenty_equal_requests_at_once_deduct_once() {
     assert_eq!(world.handfast.states(), [MessageState::Confirmed]);
 }
 
-#[tokio::test]
-async fn two_processes_with_the_same_order_deduct_once() {
-    let world = World::new().await;
+async fn two_processes_with_the_same_order_deduct_once<D: Kind>() {
+    let world = World::<D>::new().await;
     let other = world.other_payments().await;
     let payment = other.accept(&order("1"), "ann", 300).await.unwrap();
     assert_eq!(payment.state, store::State::Paying);
@@ -195,9 +214,8 @@ async fn two_processes_with_the_same_order_deduct_once() {
     assert_eq!(world.tries_and_done().await.1, 1);
 }
 
-#[tokio::test]
-async fn another_amount_or_user_for_the_same_order_is_a_conflict() {
-    let world = World::new().await;
+async fn another_amount_or_user_for_the_same_order_is_a_conflict<D: Kind>() {
+    let world = World::<D>::new().await;
     world.pay("1", "ann", 300).await.unwrap();
     for (user, amount) in [("ann", 301), ("bob", 300)] {
         let refused = world.pay("1", user, amount).await.unwrap_err();
@@ -206,9 +224,8 @@ async fn another_amount_or_user_for_the_same_order_is_a_conflict() {
     assert_eq!(world.balances().await, (700, 300));
 }
 
-#[tokio::test]
-async fn too_small_a_balance_is_refused_and_stays_refused() {
-    let world = World::new().await;
+async fn too_small_a_balance_is_refused_and_stays_refused<D: Kind>() {
+    let world = World::<D>::new().await;
     for _ in 0..2 {
         let refused = world.pay("1", "ann", 1_001).await.unwrap();
         assert_eq!(refused.status(), PaymentStatus::Refused);
@@ -222,9 +239,8 @@ async fn too_small_a_balance_is_refused_and_stays_refused() {
     assert_eq!(world.handfast.states(), [MessageState::Cancelled; 2]);
 }
 
-#[tokio::test]
-async fn what_became_of_a_payment_can_be_asked() {
-    let world = World::new().await;
+async fn what_became_of_a_payment_can_be_asked<D: Kind>() {
+    let world = World::<D>::new().await;
     assert_eq!(world.get("1").await.unwrap_err().code(), Code::NotFound);
     world.pay("1", "ann", 300).await.unwrap();
     let payment = world.get("1").await.unwrap();
@@ -232,9 +248,8 @@ async fn what_became_of_a_payment_can_be_asked() {
     assert_eq!((payment.user.as_str(), payment.amount), ("ann", 300));
 }
 
-#[tokio::test]
-async fn an_unreachable_handfast_is_processing_and_the_job_finishes_it() {
-    let world = World::with(|options| {
+async fn an_unreachable_handfast_is_processing_and_the_job_finishes_it<D: Kind>() {
+    let world = World::<D>::with(|options| {
         options.pay_deadline_ms = 200;
         options.job_interval_ms = 50;
     })
@@ -254,9 +269,8 @@ async fn an_unreachable_handfast_is_processing_and_the_job_finishes_it() {
     assert_eq!(world.tries_and_done().await.1, 1);
 }
 
-#[tokio::test]
-async fn a_slow_payment_is_processing_and_goes_on() {
-    let world = World::with(|options| options.pay_deadline_ms = 100).await;
+async fn a_slow_payment_is_processing_and_goes_on<D: Kind>() {
+    let world = World::<D>::with(|options| options.pay_deadline_ms = 100).await;
     let go = Arc::new(Notify::new());
     world.handfast.script("confirm", [Fault::Wait(go.clone())]);
     let paid = world.pay("1", "ann", 300).await.unwrap();
@@ -267,9 +281,8 @@ async fn a_slow_payment_is_processing_and_goes_on() {
     assert_eq!(world.balances().await, (700, 300));
 }
 
-#[tokio::test]
-async fn a_key_that_another_try_holds_is_processing() {
-    let world = World::with(|options| options.pay_deadline_ms = 200).await;
+async fn a_key_that_another_try_holds_is_processing<D: Kind>() {
+    let world = World::<D>::with(|options| options.pay_deadline_ms = 200).await;
     let holder = world
         .handfast
         .hold("payment.completed", "shop/1", MessageState::Prepared);
@@ -280,18 +293,15 @@ async fn a_key_that_another_try_holds_is_processing() {
     assert_eq!(paid.status(), PaymentStatus::Paid);
 }
 
-#[tokio::test]
-async fn a_job_that_is_started_twice_takes_each_payment_once() {
-    let world = World::new().await;
+async fn a_job_that_is_started_twice_takes_each_payment_once<D: Kind>() {
+    let world = World::<D>::new().await;
     for id in 0..10 {
-        sqlx::query(
-            "INSERT INTO payment (caller, order_id, user, amount, state, created_at, updated_at, due_at)
-             VALUES ('shop', ?, 'ann', 10, 'PAYING', 0, 0, 0)",
-        )
-        .bind(format!("{id}"))
-        .execute(&world.pool)
-        .await
-        .unwrap();
+        let sql = format!(
+            r#"INSERT INTO payment
+                   (caller, order_id, "user", amount, state, created_at, updated_at, due_at)
+               VALUES ('shop', '{id}', 'ann', 10, 'PAYING', 0, 0, 0)"#
+        );
+        D::run(&world.pool, sql).await;
     }
     let jobs = [world.other_payments().await, world.other_payments().await];
     let (one, two) = tokio::join!(job::run_once(&jobs[0]), job::run_once(&jobs[1]));
@@ -301,9 +311,8 @@ async fn a_job_that_is_started_twice_takes_each_payment_once() {
     assert_eq!(job::run_once(&jobs[0]).await.unwrap(), 0);
 }
 
-#[tokio::test]
-async fn malformed_requests_name_their_field() {
-    let world = World::new().await;
+async fn malformed_requests_name_their_field<D: Kind>() {
+    let world = World::<D>::new().await;
     let long = "x".repeat(101);
     for (order, user, amount) in [
         ("1", "ann", 0),
@@ -321,13 +330,10 @@ async fn malformed_requests_name_their_field() {
     assert_eq!(world.number("SELECT count(*) FROM payment").await, 0);
 }
 
-#[tokio::test]
-async fn a_status_check_is_answered_from_the_same_database() {
-    let world = World::new().await;
+async fn a_status_check_is_answered_from_the_same_database<D: Kind>() {
+    let world = World::<D>::new().await;
     world.pay("1", "ann", 300).await.unwrap();
-    let now = world
-        .number("SELECT CAST(unixepoch('subsec') * 1000000 AS INTEGER)")
-        .await;
+    let now = D::now_us(&world.pool).await.unwrap();
     let message = {
         let state = world.handfast.state();
         state.messages[&state.prepared[0]].message.clone()
@@ -350,9 +356,8 @@ async fn a_status_check_is_answered_from_the_same_database() {
     );
 }
 
-#[tokio::test]
-async fn a_shutdown_answers_what_is_in_flight() {
-    let world = World::new().await;
+async fn a_shutdown_answers_what_is_in_flight<D: Kind>() {
+    let world = World::<D>::new().await;
     let go = Arc::new(Notify::new());
     world.handfast.script("prepare", [Fault::Wait(go.clone())]);
     let client = world.client.clone();
@@ -373,13 +378,12 @@ async fn a_shutdown_answers_what_is_in_flight() {
     assert_eq!(world.handfast.states(), [MessageState::Confirmed]);
 }
 
-#[tokio::test]
-async fn what_cannot_be_opened_or_listened_on_is_one_line() {
-    let world = World::new().await;
+async fn what_cannot_be_opened_or_listened_on_is_one_line<D: Kind>() {
+    let world = World::<D>::new().await;
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let cases = [
         Options {
-            database: "/nowhere/at/all/payment.db".into(),
+            database: D::nowhere(&world.home),
             ..world.options.clone()
         },
         Options {
@@ -403,4 +407,89 @@ async fn what_cannot_be_opened_or_listened_on_is_one_line() {
         assert!(error.starts_with("cannot "), "{error}");
         assert!(!error.contains('\n'), "{error}");
     }
+}
+
+async fn those_who_pay_each_other_do_not_wait_for_each_other<D: Kind>() {
+    let world = World::<D>::new().await;
+    let both = ["bob", "eve"].map(|name| (name.to_owned(), 1_000));
+    open_accounts(&world.options.database, both).await.unwrap();
+    let payments = world.other_payments().await;
+    let mut work = JoinSet::new();
+    for id in 0..40 {
+        let (caller, user) = if id % 2 == 0 {
+            ("bob", "eve")
+        } else {
+            ("eve", "bob")
+        };
+        let order = store::Order {
+            caller: caller.into(),
+            order_id: format!("{id}"),
+        };
+        let payments = payments.clone();
+        work.spawn(async move {
+            payments.accept(&order, user, 10).await.unwrap();
+            payments.finish(&order).await.unwrap()
+        });
+    }
+    for state in work.join_all().await {
+        assert_eq!(state, store::State::Paid);
+    }
+    let sum = "SELECT CAST(sum(balance) AS bigint) FROM account WHERE name IN ('bob', 'eve')";
+    assert_eq!(world.number(sum).await, 2_000);
+    assert_eq!(world.tries_and_done().await, (40, 40));
+}
+
+/// Carries connections to a server from an address where nobody listened before.
+async fn carry(listener: TcpListener, server: (String, u16)) {
+    loop {
+        let (mut client, _) = listener.accept().await.unwrap();
+        let mut server = TcpStream::connect(server.clone()).await.unwrap();
+        tokio::spawn(async move {
+            // Either side may go away at any time.
+            drop(tokio::io::copy_bidirectional(&mut client, &mut server).await);
+        });
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_yet_is_waited_for() {
+    let handfast = Scripted::start().await;
+    let scratch = Scratch::create().await;
+    let ann = [("ann".to_owned(), 1_000)];
+    let database = <Postgres as Kind>::database(&scratch);
+    open_accounts(&database, ann).await.unwrap();
+
+    let reserved = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = reserved.local_addr().unwrap();
+    drop(reserved);
+    let away = scratch.options().host("127.0.0.1").port(address.port());
+    let options = Options {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        status_listen: "127.0.0.1:0".parse().unwrap(),
+        service: handfast.url.clone(),
+        database: Database::Server(Box::new(away)),
+        insecure_listen: false,
+        job_interval_ms: 3_600_000,
+        pay_deadline_ms: 10_000,
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let status_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(serve(options, listener, status_listener, stop.clone()));
+    let client = PaymentClient::connect(url).await.unwrap();
+    let paying = tokio::spawn(async move { pay_with(client, "1", "ann", 300).await });
+    assert!(!running.is_finished());
+
+    let listener = TcpListener::bind(address).await.unwrap();
+    let (host, port) = (
+        scratch.options().get_host().to_owned(),
+        scratch.options().get_port(),
+    );
+    tokio::spawn(carry(listener, (host, port)));
+    let paid = tokio::time::timeout(PATIENCE, paying).await.unwrap();
+    assert_eq!(paid.unwrap().unwrap().status(), PaymentStatus::Paid);
+    stop.cancel();
+    let ended = tokio::time::timeout(PATIENCE, running).await.unwrap();
+    ended.unwrap().unwrap();
 }
