@@ -53,6 +53,51 @@
 //! }
 //! ```
 //!
+//! The same on PostgreSQL. The closure works at the isolation level of its pool; the SDK makes
+//! the commit durable, and asks its own questions at READ COMMITTED:
+//!
+//! ```no_run
+//! use handfast_producer::{Message, Producer, StatusServer, Tx, migrate};
+//! use sqlx::{PgConnection, PgPool, Postgres};
+//! use tokio_util::sync::CancellationToken;
+//!
+//! async fn pay(db: &mut PgConnection, order: i64) -> Result<i64, sqlx::Error> {
+//!     sqlx::query("UPDATE orders SET paid = true WHERE id = $1").bind(order).execute(db).await?;
+//!     Ok(order)
+//! }
+//!
+//! #[tokio::main]
+//! async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let pool = PgPool::connect("postgres://shop@localhost/orders").await?;
+//!     migrate(&pool).await?;
+//!
+//!     let shutdown = CancellationToken::new();
+//!     let status = StatusServer::new().fence(pool.clone());
+//!     tokio::spawn(status.serve("127.0.0.1:7411".parse()?, shutdown.clone()));
+//!
+//!     let producer = Producer::connect("http://127.0.0.1:7400", "orders").await?;
+//!     let message = Message::new("order.paid").key("42").json(&42)?;
+//!     producer.transact(&pool, message, async |tx| pay(tx, 42).await).await?;
+//!
+//!     // The same from a task of its own.
+//!     let (again, orders) = (producer.clone(), pool.clone());
+//!     let paid = tokio::spawn(async move {
+//!         let message = Message::new("order.paid").key("43");
+//!         again
+//!             .transact(&orders, message, async |tx: &mut Tx<Postgres>| {
+//!                 sqlx::query("INSERT INTO log (what) VALUES ('43')").execute(&mut **tx).await?;
+//!                 pay(tx, 43).await
+//!             })
+//!             .await
+//!     });
+//!     paid.await??;
+//!
+//!     producer.drain().await;
+//!     shutdown.cancel();
+//!     Ok(())
+//! }
+//! ```
+//!
 //! Reading order: [`message`], [`client`], [`transact`], [`fence`], [`status`].
 
 mod batch;

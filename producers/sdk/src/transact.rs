@@ -128,8 +128,9 @@ impl Producer {
     ///
     /// The closure gets the open transaction, see [`Tx`]. It runs at most once: after its
     /// error everything is rolled back and the error returned as [`TransactError::Business`].
-    /// It must not commit, and must not swallow an error after which the database has ended
-    /// the transaction by itself.
+    /// It must not commit or roll back by itself. If it swallows an error after which the
+    /// database has given the transaction up, as PostgreSQL does after each, nothing is
+    /// committed and the result is [`TransactError::Commit`].
     ///
     /// The deadline ([`with_deadline`](Self::with_deadline)) bounds everything before the
     /// closure. Dropping the future before COMMIT rolls back, dropping it later changes nothing.
