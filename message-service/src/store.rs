@@ -8,8 +8,11 @@
 //!
 //! `conformance` is the one list of claims that every implementation has to pass.
 
+mod kind;
 mod policy;
+pub mod postgres;
 pub mod sqlite;
+mod timeline;
 
 #[cfg(test)]
 mod conformance;

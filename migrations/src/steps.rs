@@ -20,7 +20,11 @@ impl Owner {
             (Self::MessageService, Database::Sqlite) => {
                 &[step!(1, "core", "../message-service/sqlite/0001_core.sql")]
             }
-            (Self::MessageService, Database::Postgres) => &[],
+            (Self::MessageService, Database::Postgres) => &[step!(
+                1,
+                "core",
+                "../message-service/postgres/0001_core.sql"
+            )],
             (Self::Fence, Database::Sqlite) => {
                 &[step!(1, "fence", "../fence/sqlite/0001_fence.sql")]
             }

@@ -88,6 +88,11 @@ claims! {
     answers::failed_follows_the_schedule_and_ends_dead_with_its_reason
     answers::later_does_not_count
     answers::rejected_is_dead_at_once
+    deliveries::the_fresh_lane_takes_only_what_was_confirmed_lately
+    deliveries::what_was_not_tried_is_due_at_once_and_nothing_is_noted
+    deliveries::what_a_queue_refused_waits_and_says_why
+    deliveries::a_suspect_is_sent_alone_and_dead_after_three_closes
+    deliveries::what_was_answered_or_sent_is_not_given_back
     deliveries::a_stream_that_ended_returns_its_deliveries_at_once_to_be_sent_alone
     deliveries::the_fifth_ended_stream_counts_as_failed
     deliveries::a_stream_that_the_service_ended_counts_nothing
@@ -221,6 +226,16 @@ async fn claim(store: &dyn Store, subscription: &str, limit: usize) -> Vec<Deliv
         .await
         .unwrap()
         .deliveries
+}
+
+/// Gives a leased delivery of accounting back; returns how many were.
+async fn give_back(store: &dyn Store, claim: &DeliveryClaim, why: NotSent) -> usize {
+    let unsent = vec![Unsent {
+        id: claim.id,
+        token: claim.token,
+        why,
+    }];
+    store.return_unsent("accounting", unsent).await.unwrap()
 }
 
 async fn claim_alone(store: &dyn Store) -> Vec<DeliveryClaim> {

@@ -112,6 +112,27 @@ fn every_pair_of_state_and_event_is_decided() {
             counts: false,
         };
         assert_eq!(apply(&it, stopped), only_awaiting(again(0, 1, 0, 0, None)));
+        // Only what is PENDING can be leased.
+        let only_leased = |outcome: Outcome| match state {
+            Pending => outcome,
+            Sent | Consumed | Dead | Skipped => Outcome::Stale,
+        };
+        let refused = DeliveryEvent::Refused {
+            reason: "full",
+            retry_after: Duration::from_secs(5),
+        };
+        assert_eq!(
+            apply(&it, refused),
+            only_leased(again(5, 1, 0, 0, Some("full")))
+        );
+        assert_eq!(
+            apply(&it, DeliveryEvent::Suspected("504")),
+            only_leased(again(1, 1, 0, 1, Some("504")))
+        );
+        assert_eq!(
+            apply(&it, DeliveryEvent::Untried),
+            only_leased(again(0, 1, 0, 0, None))
+        );
         let too_old = Outcome::Dead {
             attempts: 1,
             error: "older than the subscription's max_age".into(),
@@ -211,6 +232,55 @@ fn the_fifth_stream_that_ends_over_a_delivery_counts_as_failed() {
 }
 
 #[test]
+fn the_third_channel_that_is_closed_over_a_delivery_is_its_death() {
+    let second = Delivery {
+        stream_ends: 1,
+        ..delivery(DeliveryState::Pending)
+    };
+    let closed = DeliveryEvent::Suspected("501 FRAME_ERROR");
+    assert_eq!(
+        apply(&second, closed.clone()),
+        again(1, 1, 0, 2, Some("501 FRAME_ERROR"))
+    );
+    let third = Delivery {
+        stream_ends: 2,
+        ..second
+    };
+    let dead = Outcome::Dead {
+        attempts: 1,
+        error: "the broker closed 3 channels over it: 501 FRAME_ERROR".into(),
+    };
+    assert_eq!(apply(&third, closed), dead);
+}
+
+#[test]
+fn what_was_never_leased_or_was_counted_since_is_not_given_back() {
+    let pending = || delivery(DeliveryState::Pending);
+    let never = Delivery {
+        generation: 0,
+        answered_generation: 0,
+        ..pending()
+    };
+    let counted = Delivery {
+        answered_generation: 2,
+        stream_ends: 2,
+        ..pending()
+    };
+    for it in [never, counted] {
+        for event in [
+            DeliveryEvent::Untried,
+            DeliveryEvent::Suspected("504"),
+            DeliveryEvent::Refused {
+                reason: "full",
+                retry_after: Duration::ZERO,
+            },
+        ] {
+            assert_eq!(apply(&it, event), Outcome::Stale);
+        }
+    }
+}
+
+#[test]
 fn a_send_that_was_passed_by_long_ago_is_due_at_once() {
     let old = Delivery {
         attempts: 0,
@@ -235,7 +305,7 @@ proptest::proptest! {
     /// Against a small model: attempts never go down or beyond the limit, CONSUMED stays,
     /// and nothing but DEAD or a skip ends a delivery that nobody consumed.
     #[test]
-    fn random_events_keep_to_the_model(steps in proptest::collection::vec((0u8..8, 0u32..6), 0..80)) {
+    fn random_events_keep_to_the_model(steps in proptest::collection::vec((0u8..11, 0u32..6), 0..80)) {
         let policy = policy();
         let mut it = Delivery { attempts: 0, generation: 0, answered_generation: 0, ..delivery(DeliveryState::Pending) };
         let mut consumed = false;
@@ -253,6 +323,9 @@ proptest::proptest! {
                 4 => DeliveryEvent::Answer(generation, &later),
                 5 => DeliveryEvent::PassedBy(generation),
                 6 => DeliveryEvent::StreamEnded { generation, counts: true },
+                7 => DeliveryEvent::Untried,
+                8 => DeliveryEvent::Suspected("closed"),
+                9 => DeliveryEvent::Refused { reason: "full", retry_after: Duration::ZERO },
                 _ => DeliveryEvent::Skip,
             };
             let before = it.clone();

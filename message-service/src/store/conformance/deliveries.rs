@@ -175,6 +175,150 @@ pub(crate) async fn a_renewed_lease_holds_longer(harness: &impl Harness) {
     assert_eq!(claim(&*store, "accounting", 1).await.len(), 1);
 }
 
+pub(crate) async fn the_fresh_lane_takes_only_what_was_confirmed_lately(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1, 2]).await;
+    let held = claim(&*store, "accounting", 1).await.remove(0);
+    harness.pass(FRESH_FOR + SECOND).await;
+    // Due again only now, but confirmed long ago.
+    assert_eq!(give_back(&*store, &held, NotSent::Untried).await, 1);
+    published(&*store, [3, 4]).await;
+    let fresh = |limit, max_bytes| Lane::Fresh { limit, max_bytes };
+    let mut taken = Vec::new();
+    for lane in [fresh(10, 1), fresh(10, usize::MAX), fresh(10, usize::MAX)] {
+        let claimed = store
+            .claim_deliveries("accounting", lane, LEASE)
+            .await
+            .unwrap();
+        taken.push(claimed.deliveries.len());
+        assert!(claimed.deliveries.iter().all(|claim| claim.id >= id(3)));
+        assert_eq!(claimed.next_due_in, Some(Duration::ZERO), "the old ones");
+    }
+    assert_eq!(taken, [1, 1, 0]);
+    assert_eq!(claim(&*store, "accounting", 10).await.len(), 2);
+}
+
+pub(crate) async fn what_was_not_tried_is_due_at_once_and_nothing_is_noted(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    let first = claim(&*store, "accounting", 1).await.remove(0);
+    assert_eq!(give_back(&*store, &first, NotSent::Untried).await, 1);
+    let second = claim(&*store, "accounting", 1).await.remove(0);
+    assert_eq!(second.generation, 2);
+    assert_eq!(
+        give_back(&*store, &first, NotSent::Untried).await,
+        0,
+        "its lease is lost"
+    );
+    assert!(claim(&*store, "accounting", 1).await.is_empty());
+    let view = delivery(&*store, 1).await;
+    assert_eq!((view.attempts, view.last_error), (0, None));
+    assert!(shown(&*store, 1).await.events.is_empty());
+    assert_eq!(
+        store
+            .return_unsent(
+                "points",
+                vec![Unsent {
+                    id: id(1),
+                    token: second.token,
+                    why: NotSent::Untried
+                }]
+            )
+            .await
+            .unwrap(),
+        0,
+        "another's lease"
+    );
+}
+
+pub(crate) async fn what_a_queue_refused_waits_and_says_why(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    let held = claim(&*store, "accounting", 1).await.remove(0);
+    let refused = NotSent::Refused {
+        reason: "312 NO_ROUTE".into(),
+        retry_after: 5 * SECOND,
+    };
+    assert_eq!(give_back(&*store, &held, refused).await, 1);
+    assert!(claim(&*store, "accounting", 1).await.is_empty());
+    let view = delivery(&*store, 1).await;
+    assert_eq!((view.state, view.attempts), (DeliveryState::Pending, 0));
+    assert_eq!(view.last_error.as_deref(), Some("312 NO_ROUTE"));
+    let events = shown(&*store, 1).await.events;
+    assert_eq!(events.len(), 1);
+    assert_eq!(
+        (events[0].kind.as_str(), events[0].detail.as_str()),
+        ("returned", "312 NO_ROUTE")
+    );
+    harness.pass(6 * SECOND).await;
+    assert_eq!(
+        claim(&*store, "accounting", 1).await.len(),
+        1,
+        "not alone: the queue is to blame"
+    );
+}
+
+pub(crate) async fn a_suspect_is_sent_alone_and_dead_after_three_closes(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1]).await;
+    let mut held = claim(&*store, "accounting", 1).await.remove(0);
+    for close in 1..=3 {
+        let suspect = NotSent::Suspect {
+            reason: "501 FRAME_ERROR".into(),
+        };
+        assert_eq!(give_back(&*store, &held, suspect).await, 1);
+        harness.pass(2 * SECOND).await;
+        assert!(claim(&*store, "accounting", 1).await.is_empty());
+        let mut alone = claim_alone(&*store).await;
+        if close < 3 {
+            held = alone.remove(0);
+        }
+        assert!(alone.is_empty());
+    }
+    let dead = delivery(&*store, 1).await;
+    assert_eq!((dead.state, dead.attempts), (DeliveryState::Dead, 0));
+    assert!(
+        dead.last_error
+            .is_some_and(|why| why.contains("501 FRAME_ERROR"))
+    );
+    let kinds: Vec<_> = shown(&*store, 1)
+        .await
+        .events
+        .into_iter()
+        .map(|event| event.kind)
+        .collect();
+    assert_eq!(kinds, ["returned", "returned", "returned", "dead"]);
+}
+
+pub(crate) async fn what_was_answered_or_sent_is_not_given_back(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, [1, 2, 3]).await;
+    let claims = claim(&*store, "accounting", 3).await;
+    let of = |n| claims.iter().find(|claim| claim.id == id(n)).unwrap();
+    answer(&*store, 1, 1, AnswerKind::Consumed).await;
+    answer(&*store, 2, 1, AnswerKind::Rejected("bad".into())).await;
+    let sent = vec![Sent {
+        id: id(3),
+        token: of(3).token,
+    }];
+    store
+        .mark_sent("accounting", sent, RESEND_AFTER)
+        .await
+        .unwrap();
+    for (n, state) in [
+        (1, DeliveryState::Consumed),
+        (2, DeliveryState::Dead),
+        (3, DeliveryState::Sent),
+    ] {
+        let refused = NotSent::Refused {
+            reason: "late".into(),
+            retry_after: SECOND,
+        };
+        assert_eq!(give_back(&*store, of(n), refused).await, 0);
+        assert_eq!(delivery(&*store, n).await.state, state);
+    }
+}
+
 pub(crate) async fn a_stream_that_ended_returns_its_deliveries_at_once_to_be_sent_alone(
     harness: &impl Harness,
 ) {

@@ -11,12 +11,10 @@ use super::rows::{Columns, error};
 use super::topology;
 use super::writer::{Kind, Tx};
 use crate::message::delivery::{DeliveryEvent, Outcome};
-use crate::message::{
-    Answer, AnswerKind, Delivery, DeliveryPolicy, DeliveryState, MessageId, Timestamp,
-};
+use crate::message::{Answer, Delivery, DeliveryPolicy, DeliveryState, MessageId, Timestamp};
 use crate::store::{
     AnswerOutcome, Claimed, DeliveryClaim, Error, FRESH_FOR, Lane, Overdue, OverdueDecision,
-    Returned, Sent, Unsent,
+    Returned, Sent, Unsent, timeline,
 };
 
 pub(super) async fn claim(
@@ -462,11 +460,8 @@ async fn write_outcome(
             .map_err(error(doing))?;
         }
     }
-    if let Some((kind, detail)) = line(happened, outcome) {
+    for (kind, detail) in timeline::lines(happened, outcome) {
         event(tx, id, Some(subscription), kind, &detail, doing).await?;
-    }
-    if let Outcome::Dead { error: reason, .. } = outcome {
-        event(tx, id, Some(subscription), "dead", reason, doing).await?;
     }
     Ok(())
 }
@@ -491,42 +486,4 @@ async fn ends(
     .await
     .map_err(error(doing))?;
     Ok(())
-}
-
-/// The line of the timeline for what columns do not tell.
-fn line(happened: &DeliveryEvent<'_>, outcome: &Outcome) -> Option<(&'static str, String)> {
-    match happened {
-        // CONSUMED is told by columns, unless it corrects what was given up.
-        DeliveryEvent::Answer(_, AnswerKind::Consumed) => None,
-        DeliveryEvent::Answer(generation, AnswerKind::Failed(reason)) => {
-            Some(("failed", format!("send {generation}: {reason}")))
-        }
-        DeliveryEvent::Answer(generation, AnswerKind::Later(wait)) => Some((
-            "later",
-            format!("send {generation}: after {} ms", wait.as_millis()),
-        )),
-        DeliveryEvent::Answer(generation, AnswerKind::Rejected(reason)) => {
-            Some(("rejected", format!("send {generation}: {reason}")))
-        }
-        DeliveryEvent::PassedBy(generation) => {
-            Some(("resend", format!("send {generation} was passed by")))
-        }
-        DeliveryEvent::StreamEnded { generation, .. } => {
-            let detail = match outcome {
-                Outcome::Again {
-                    error: Some(reason),
-                    ..
-                } => reason.clone(),
-                _ => format!("send {generation}: the stream ended before an answer"),
-            };
-            Some(("returned", detail))
-        }
-        DeliveryEvent::Refused { reason, .. } => Some(("returned", (*reason).to_owned())),
-        DeliveryEvent::Suspected(reason) => Some((
-            "returned",
-            format!("the broker closed the channel: {reason}"),
-        )),
-        DeliveryEvent::Untried | DeliveryEvent::TooOld => None,
-        DeliveryEvent::Skip => Some(("skipped", String::new())),
-    }
 }

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use handfast_fail_points::{Point, hit};
+use handfast_fail_points::hit;
 use rand::rngs::StdRng;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions as _, Connection as _};
@@ -27,6 +27,7 @@ use tokio::time::Instant;
 use super::time::StoreClock;
 use crate::message::Timestamp;
 use crate::store::Error;
+pub(super) use crate::store::kind::Kind;
 
 /// A transaction takes at most this many rows, and then what one job has too much.
 pub(super) const SLICE_ROWS: usize = 500;
@@ -37,23 +38,6 @@ const QUEUE_JOBS: usize = 4_096;
 /// The wait before the connection is opened again after it broke.
 const REOPEN_AFTER: Duration = Duration::from_millis(200);
 
-/// What a job does: names its errors and its fail points.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    Topology,
-    Prepare,
-    Publish,
-    Decide,
-    ClaimChecks,
-    SettleChecks,
-    Claim,
-    Sent,
-    Acknowledge,
-    Return,
-    Recover,
-    Retire,
-}
-
 /// Who goes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
@@ -62,61 +46,18 @@ enum Class {
     Pass,
 }
 
-impl Kind {
-    pub(super) const fn doing(self) -> &'static str {
-        match self {
-            Self::Topology => "apply the topology",
-            Self::Prepare => "prepare messages",
-            Self::Publish => "publish messages",
-            Self::Decide => "confirm or cancel messages",
-            Self::ClaimChecks => "claim messages to check",
-            Self::SettleChecks => "write the results of checks",
-            Self::Claim => "claim deliveries",
-            Self::Sent => "mark deliveries SENT",
-            Self::Acknowledge => "acknowledge deliveries",
-            Self::Return => "take deliveries back",
-            Self::Recover => "write what the recovery pass decided",
-            Self::Retire => "remove finished messages",
-        }
-    }
-
-    const fn class(self) -> Class {
-        match self {
-            Self::Decide | Self::Acknowledge | Self::SettleChecks => Class::Decision,
-            Self::Prepare | Self::Publish => Class::Call,
-            Self::Topology
-            | Self::ClaimChecks
-            | Self::Claim
-            | Self::Sent
-            | Self::Return
-            | Self::Recover
-            | Self::Retire => Class::Pass,
-        }
-    }
-
-    const fn points(self) -> (Point, Point) {
-        match self {
-            Self::Topology => (Point::TOPOLOGY_BEFORE_COMMIT, Point::TOPOLOGY_AFTER_COMMIT),
-            Self::Prepare => (Point::PREPARE_BEFORE_COMMIT, Point::PREPARE_AFTER_COMMIT),
-            Self::Publish => (Point::PUBLISH_BEFORE_COMMIT, Point::PUBLISH_AFTER_COMMIT),
-            Self::Decide => (Point::DECIDE_BEFORE_COMMIT, Point::DECIDE_AFTER_COMMIT),
-            Self::ClaimChecks => (
-                Point::CLAIM_CHECKS_BEFORE_COMMIT,
-                Point::CLAIM_CHECKS_AFTER_COMMIT,
-            ),
-            Self::SettleChecks => (
-                Point::SETTLE_CHECKS_BEFORE_COMMIT,
-                Point::SETTLE_CHECKS_AFTER_COMMIT,
-            ),
-            Self::Claim => (Point::CLAIM_BEFORE_COMMIT, Point::CLAIM_AFTER_COMMIT),
-            Self::Sent => (Point::SENT_BEFORE_COMMIT, Point::SENT_AFTER_COMMIT),
-            Self::Acknowledge => (
-                Point::ACKNOWLEDGE_BEFORE_COMMIT,
-                Point::ACKNOWLEDGE_AFTER_COMMIT,
-            ),
-            Self::Return => (Point::RETURN_BEFORE_COMMIT, Point::RETURN_AFTER_COMMIT),
-            Self::Recover => (Point::RECOVER_BEFORE_COMMIT, Point::RECOVER_AFTER_COMMIT),
-            Self::Retire => (Point::RETIRE_BEFORE_COMMIT, Point::RETIRE_AFTER_COMMIT),
+impl Class {
+    const fn of(kind: Kind) -> Self {
+        match kind {
+            Kind::Decide | Kind::Acknowledge | Kind::SettleChecks => Class::Decision,
+            Kind::Prepare | Kind::Publish => Class::Call,
+            Kind::Topology
+            | Kind::ClaimChecks
+            | Kind::Claim
+            | Kind::Sent
+            | Kind::Return
+            | Kind::Recover
+            | Kind::Retire => Class::Pass,
         }
     }
 }
@@ -241,7 +182,7 @@ impl Writer {
                 why: "is stopping",
             });
         };
-        let queue = match job.kind.class() {
+        let queue = match Class::of(job.kind) {
             Class::Decision => queues.decisions,
             Class::Call => queues.calls,
             Class::Pass => queues.passes,
@@ -333,7 +274,7 @@ impl Task {
         let mut passes = false;
         while let Some(job) = next.take() {
             rows += job.rows.max(1);
-            passes |= job.kind.class() == Class::Pass;
+            passes |= Class::of(job.kind) == Class::Pass;
             if failure.is_none() {
                 failure = (job.run)(&mut self.tx).await.err();
             }

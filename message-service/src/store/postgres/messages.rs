@@ -1,0 +1,805 @@
+//! The producer's verbs: prepare, publish, confirm, cancel.
+//!
+//! A statement writes what is new or may move; what it did not return is read in a second one and
+//! answered as a repeat or a refusal. What looks as if it could still be written, because somebody
+//! else's write was rolled back or came in between, goes round again.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::postgres::types::PgInterval;
+use uuid::Uuid;
+
+use super::bodies::Current;
+use super::lanes::{Replies, Work};
+use super::rows::{clean, get, id, long, message_state, moved_on, uuid};
+use super::session::{Session, Trouble, trouble};
+use super::time::{At, span};
+use crate::message::{Effect, MessageEvent, MessageId, MessageState, NewMessage, WrongState};
+use crate::store::kind::Kind;
+use crate::store::{Decision, Error, ItemResult, Refusal, Written};
+
+/// Rounds without any progress after which the rest is given up.
+const IDLE_ROUNDS: u32 = 4;
+
+/// The lane of prepare.
+pub(super) struct Prepare(pub(super) Arc<Current>);
+
+impl Work for Prepare {
+    type Call = (Vec<NewMessage>, Duration);
+    type Reply = Written;
+
+    fn kind(&self) -> Kind {
+        Kind::Prepare
+    }
+
+    fn size((messages, _): &Self::Call) -> (usize, usize) {
+        (
+            messages.len(),
+            messages.iter().map(NewMessage::body_bytes).sum(),
+        )
+    }
+
+    async fn run(
+        &mut self,
+        db: &mut Session,
+        calls: &[Self::Call],
+    ) -> Result<Replies<Written>, sqlx::Error> {
+        let lists = calls.iter().map(|(messages, wait)| (&messages[..], *wait));
+        hand_over(db, &self.0, MessageEvent::Prepare, lists.collect()).await
+    }
+}
+
+/// The lane of publish.
+pub(super) struct Publish(pub(super) Arc<Current>);
+
+impl Work for Publish {
+    type Call = Vec<NewMessage>;
+    type Reply = Written;
+
+    fn kind(&self) -> Kind {
+        Kind::Publish
+    }
+
+    fn size(messages: &Self::Call) -> (usize, usize) {
+        (
+            messages.len(),
+            messages.iter().map(NewMessage::body_bytes).sum(),
+        )
+    }
+
+    async fn run(
+        &mut self,
+        db: &mut Session,
+        calls: &[Self::Call],
+    ) -> Result<Replies<Written>, sqlx::Error> {
+        let lists = calls.iter().map(|messages| (&messages[..], Duration::ZERO));
+        hand_over(db, &self.0, MessageEvent::Publish, lists.collect()).await
+    }
+}
+
+/// The lane of confirm and cancel.
+pub(super) struct Decide;
+
+impl Work for Decide {
+    type Call = (String, Vec<Decision>);
+    type Reply = Written;
+
+    fn kind(&self) -> Kind {
+        Kind::Decide
+    }
+
+    fn size((_, decisions): &Self::Call) -> (usize, usize) {
+        (decisions.len(), 0)
+    }
+
+    async fn run(
+        &mut self,
+        db: &mut Session,
+        calls: &[Self::Call],
+    ) -> Result<Replies<Written>, sqlx::Error> {
+        let mut answers = Answers::new(calls.iter().map(|(_, decisions)| decisions.len()));
+        let mut open: Vec<Decided<'_>> = Vec::new();
+        for (call, (producer, decisions)) in calls.iter().enumerate() {
+            for (item, decision) in decisions.iter().enumerate() {
+                let place = Place { call, item };
+                open.push(Decided {
+                    place,
+                    producer,
+                    id: decision.id,
+                    event: decision.event,
+                });
+            }
+        }
+        let mut idle = 0;
+        while !open.is_empty() && idle < IDLE_ROUNDS {
+            let before = open.len();
+            open = decide_round(db, open, &mut answers).await?;
+            idle = if open.len() < before { 0 } else { idle + 1 };
+        }
+        Ok(answers.finish(Kind::Decide.doing(), open.iter().map(|item| item.place)))
+    }
+}
+
+/// Which item of which call.
+#[derive(Clone, Copy)]
+struct Place {
+    call: usize,
+    item: usize,
+}
+
+/// What is answered so far.
+struct Answers {
+    calls: Vec<(Vec<Option<ItemResult>>, BTreeSet<String>, Option<Error>)>,
+}
+
+impl Answers {
+    fn new(lengths: impl Iterator<Item = usize>) -> Self {
+        let calls = lengths
+            .map(|length| (vec![None; length], BTreeSet::new(), None))
+            .collect();
+        Self { calls }
+    }
+
+    fn item(&mut self, place: Place, result: ItemResult) {
+        self.calls[place.call].0[place.item] = Some(result);
+    }
+
+    fn topic(&mut self, place: Place, topic: &str) {
+        self.calls[place.call].1.insert(topic.to_owned());
+    }
+
+    /// A row that cannot be understood fails the call that asked about it.
+    fn fail(&mut self, place: Place, error: Error) {
+        self.calls[place.call].2.get_or_insert(error);
+    }
+
+    fn finish(
+        mut self,
+        doing: &'static str,
+        given_up: impl IntoIterator<Item = Place>,
+    ) -> Replies<Written> {
+        for place in given_up {
+            self.fail(place, moved_on(doing));
+        }
+        let finish = |(items, topics, failure): (Vec<_>, _, Option<Error>)| {
+            if let Some(error) = failure {
+                return Err(error);
+            }
+            let items: Option<Vec<ItemResult>> = items.into_iter().collect();
+            let items = items.ok_or_else(|| moved_on(doing))?;
+            Ok(Written { items, topics })
+        };
+        self.calls.into_iter().map(finish).collect()
+    }
+}
+
+struct Decided<'a> {
+    place: Place,
+    producer: &'a str,
+    id: MessageId,
+    event: MessageEvent,
+}
+
+/// Writes the first decision about each message, reads what was not written, and returns what
+/// has to go round again.
+async fn decide_round<'a>(
+    db: &mut Session,
+    open: Vec<Decided<'a>>,
+    answers: &mut Answers,
+) -> Result<Vec<Decided<'a>>, sqlx::Error> {
+    let mut seen = HashSet::new();
+    let turn: Vec<_> = open.iter().map(|item| seen.insert(item.id)).collect();
+    let first: Vec<_> = open
+        .iter()
+        .zip(&turn)
+        .filter(|(_, first)| **first)
+        .map(|(item, _)| (item.id, item.producer, target(item.event)))
+        .collect();
+    let moved = decide(db, &first).await?;
+    let mut rest = Vec::new();
+    for (item, first) in open.into_iter().zip(turn) {
+        match moved.get(&item.id) {
+            Some(topic) if first => {
+                let state = target(item.event);
+                answers.item(item.place, Ok(state));
+                if state == MessageState::Confirmed {
+                    answers.topic(item.place, topic);
+                }
+            }
+            _ => rest.push(item),
+        }
+    }
+    let stored = stored(db, rest.iter().map(|item| item.id), Kind::Decide.doing()).await?;
+    let mut again = Vec::new();
+    let mut conflicts = Vec::new();
+    for item in rest {
+        let found = stored
+            .get(&item.id)
+            .filter(|stored| stored.producer == item.producer);
+        let Some(found) = found else {
+            answers.item(item.place, Err(Refusal::NoSuchMessage(item.id)));
+            continue;
+        };
+        match &found.state {
+            Err(word) => answers.fail(item.place, unknown(Kind::Decide.doing(), word)),
+            Ok(state) => match state.apply(item.event) {
+                Ok(Effect::AlreadySo) => answers.item(item.place, Ok(*state)),
+                Ok(Effect::Moves(_)) => again.push(item),
+                Err(wrong) => {
+                    if wrong.is_conflict() {
+                        conflicts.push((item.id, wrong));
+                    }
+                    let id = item.id;
+                    answers.item(item.place, Err(Refusal::WrongState { id, wrong }));
+                }
+            },
+        }
+    }
+    mark_conflicts(db, &conflicts).await?;
+    Ok(again)
+}
+
+/// What an event would make of a PREPARED message.
+const fn target(event: MessageEvent) -> MessageState {
+    match event {
+        MessageEvent::Cancel => MessageState::Cancelled,
+        MessageEvent::Confirm | MessageEvent::Publish => MessageState::Confirmed,
+        MessageEvent::Prepare => MessageState::Prepared,
+    }
+}
+
+/// Confirms or cancels PREPARED messages of these producers, with their deliveries. Returns the
+/// topics of those it moved.
+async fn decide(
+    db: &mut Session,
+    decisions: &[(MessageId, &str, MessageState)],
+) -> Result<HashMap<MessageId, String>, sqlx::Error> {
+    if decisions.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let ids: Vec<_> = decisions.iter().map(|(id, ..)| uuid(*id)).collect();
+    let producers: Vec<_> = decisions.iter().map(|(_, producer, _)| *producer).collect();
+    let states: Vec<_> = decisions.iter().map(|(.., state)| state.as_str()).collect();
+    let rows = db
+        .fetch(DECIDE, |query| {
+            query.bind(&ids).bind(&producers).bind(&states)
+        })
+        .await?;
+    rows.iter()
+        .map(|row| Ok((id(row, "id")?, get(row, "topic")?)))
+        .collect()
+}
+
+/// Locks along the primary key, moves, and fans out to who is subscribed at this moment.
+pub(super) const DECIDE: &str = "-- decide
+    WITH input AS MATERIALIZED (
+        SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS i(id, producer, state)
+    ), locked AS MATERIALIZED (
+        SELECT m.id, i.state FROM input i JOIN message m ON m.id = i.id
+         WHERE m.producer = i.producer AND m.state = 'PREPARED'
+         ORDER BY m.id FOR UPDATE OF m /* waits */
+    ), decided AS (
+        UPDATE message m
+           SET state = l.state, decided_at = clock_timestamp(), decided_by = 'PRODUCER',
+               check_at = NULL, check_token = NULL, unresolved = false,
+               unsubscribed = l.state = 'CONFIRMED' AND NOT EXISTS (
+                   SELECT FROM subscription s WHERE s.topic = m.topic AND s.active)
+          FROM locked l WHERE m.id = l.id
+        RETURNING m.id, m.state, m.topic, m.deliver_after, m.decided_at
+    ), deliveries AS (
+        INSERT INTO delivery (message_id, subscription, state, due_at, confirmed_at)
+        SELECT d.id, s.name, 'PENDING', greatest(d.deliver_after, d.decided_at),
+               d.decided_at
+          FROM decided d JOIN subscription s ON s.topic = d.topic AND s.active
+         WHERE d.state = 'CONFIRMED'
+         ORDER BY d.id, s.name
+    )
+    SELECT id, topic FROM decided";
+
+/// Marks messages whose decision was contradicted. The first contradiction is kept.
+async fn mark_conflicts(
+    db: &mut Session,
+    conflicts: &[(MessageId, WrongState)],
+) -> Result<(), sqlx::Error> {
+    let mut details: HashMap<MessageId, String> = HashMap::new();
+    for (id, wrong) in conflicts {
+        details.entry(*id).or_insert_with(|| wrong.to_string());
+    }
+    if details.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<_> = details.keys().map(|id| uuid(*id)).collect();
+    let texts: Vec<_> = details.values().map(String::as_str).collect();
+    let rows = db
+        .fetch(
+            "-- mark conflicts
+             WITH input AS MATERIALIZED (
+                 SELECT * FROM unnest($1::uuid[], $2::text[]) AS i(id, detail)
+             ), locked AS MATERIALIZED (
+                 SELECT m.id, i.detail FROM input i JOIN message m ON m.id = i.id
+                  WHERE NOT m.conflict
+                  ORDER BY m.id FOR UPDATE OF m /* waits */
+             ), marked AS (
+                 UPDATE message m SET conflict = true FROM locked l WHERE m.id = l.id
+                 RETURNING m.id, l.detail
+             ), events AS (
+                 INSERT INTO message_event (message_id, at, kind, detail)
+                 SELECT id, clock_timestamp(), 'conflict', detail FROM marked
+             )
+             SELECT id, detail FROM marked",
+            |query| query.bind(&ids).bind(&texts),
+        )
+        .await?;
+    for row in &rows {
+        let (id, detail) = (id(row, "id")?, get::<&str>(row, "detail")?);
+        tracing::error!(message.id = %id, detail, "a final decision was contradicted");
+    }
+    Ok(())
+}
+
+/// What a verb needs to know of a stored message.
+struct Stored {
+    producer: String,
+    /// The word, if this version does not know it.
+    state: Result<MessageState, Error>,
+    content_hash: Vec<u8>,
+}
+
+async fn stored(
+    db: &mut Session,
+    ids: impl Iterator<Item = MessageId>,
+    doing: &'static str,
+) -> Result<HashMap<MessageId, Stored>, sqlx::Error> {
+    let ids: Vec<Uuid> = ids.map(uuid).collect();
+    if ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = db
+        .fetch(
+            "-- what is stored
+             SELECT id, producer, state, content_hash FROM message WHERE id = ANY($1)",
+            |query| query.bind(&ids),
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            let stored = Stored {
+                producer: get(row, "producer")?,
+                state: message_state(row, doing)?,
+                content_hash: get(row, "content_hash")?,
+            };
+            Ok((id(row, "id")?, stored))
+        })
+        .collect()
+}
+
+fn unknown(doing: &'static str, error: &Error) -> Error {
+    Error::Inconsistent {
+        doing,
+        what: match error {
+            Error::Inconsistent { what, .. } => what.clone(),
+            other => other.to_string(),
+        },
+    }
+}
+
+/// A message that is handed over.
+struct Handed<'a> {
+    place: Place,
+    message: &'a NewMessage,
+    check_after: Duration,
+}
+
+/// A key belongs to producer and topic.
+type Key<'a> = (&'a str, &'a str, &'a str);
+
+fn key(message: &NewMessage) -> Option<Key<'_>> {
+    let key = message.key.as_deref()?;
+    Some((&message.producer, &message.topic, key))
+}
+
+async fn hand_over(
+    db: &mut Session,
+    bucket: &Current,
+    event: MessageEvent,
+    lists: Vec<(&[NewMessage], Duration)>,
+) -> Result<Replies<Written>, sqlx::Error> {
+    let doing = match event {
+        MessageEvent::Publish => Kind::Publish.doing(),
+        MessageEvent::Prepare | MessageEvent::Confirm | MessageEvent::Cancel => {
+            Kind::Prepare.doing()
+        }
+    };
+    let mut answers = Answers::new(lists.iter().map(|(messages, _)| messages.len()));
+    let mut open = Vec::new();
+    for (call, (messages, check_after)) in lists.into_iter().enumerate() {
+        for (item, message) in messages.iter().enumerate() {
+            open.push(Handed {
+                place: Place { call, item },
+                message,
+                check_after,
+            });
+        }
+    }
+    let mut idle = 0;
+    while !open.is_empty() && idle < IDLE_ROUNDS {
+        let before = open.len();
+        open = hand_over_round(db, bucket, event, doing, open, &mut answers).await?;
+        idle = if open.len() < before { 0 } else { idle + 1 };
+        if idle > 0 {
+            bucket.forget();
+        }
+    }
+    Ok(answers.finish(doing, open.iter().map(|item| item.place)))
+}
+
+/// Inserts the first message under each id and key, reads what was not inserted, and returns
+/// what has to go round again.
+async fn hand_over_round<'a>(
+    db: &mut Session,
+    bucket: &Current,
+    event: MessageEvent,
+    doing: &'static str,
+    open: Vec<Handed<'a>>,
+    answers: &mut Answers,
+) -> Result<Vec<Handed<'a>>, sqlx::Error> {
+    let (mut ids, mut keys) = (HashSet::new(), HashSet::new());
+    // A key's second bearer waits, so that the first in the list is the holder. So does whatever
+    // shares its id, since an id that is refused for its key is still free.
+    let turn: Vec<bool> = open
+        .iter()
+        .map(|item| {
+            let key_is_new = key(item.message).is_none_or(|key| keys.insert(key));
+            ids.insert(item.message.id) && key_is_new
+        })
+        .collect();
+    let first: Vec<_> = open
+        .iter()
+        .zip(&turn)
+        .filter(|(_, first)| **first)
+        .map(|(item, _)| item)
+        .collect();
+    let inserted = insert(db, bucket, event, &first).await?;
+    let mut rest = Vec::new();
+    for (item, first) in open.into_iter().zip(turn) {
+        if first && inserted.contains(&item.message.id) {
+            if event == MessageEvent::Publish {
+                answers.topic(item.place, &item.message.topic);
+            }
+            answers.item(item.place, Ok(target(event)));
+        } else {
+            rest.push(item);
+        }
+    }
+    if rest.is_empty() {
+        return Ok(rest);
+    }
+    read_round(db, event, doing, rest, answers).await
+}
+
+/// Answers what is stored under the ids and keys of these messages.
+async fn read_round<'a>(
+    db: &mut Session,
+    event: MessageEvent,
+    doing: &'static str,
+    rest: Vec<Handed<'a>>,
+    answers: &mut Answers,
+) -> Result<Vec<Handed<'a>>, sqlx::Error> {
+    let stored = stored(db, rest.iter().map(|item| item.message.id), doing).await?;
+    let keyless = |item: &&Handed<'a>| !stored.contains_key(&item.message.id);
+    let wanted = rest
+        .iter()
+        .filter(keyless)
+        .filter_map(|item| key(item.message));
+    let holders = holders(db, wanted.collect(), doing).await?;
+    let (mut again, mut moving) = (Vec::new(), Vec::new());
+    let (mut conflicts, mut to_check) = (Vec::new(), Vec::new());
+    for item in rest {
+        let message = item.message;
+        let id = message.id;
+        let Some(found) = stored.get(&id) else {
+            match key(message).and_then(|key| holders.get(&owned(key))) {
+                // Neither the id nor the key is there: somebody's insert was rolled back.
+                None => again.push(item),
+                Some((_, Err(error))) => answers.fail(item.place, unknown(doing, error)),
+                Some((holder, Ok(state))) => {
+                    if *state == MessageState::Prepared {
+                        to_check.push(*holder);
+                    }
+                    let (holder, state) = (*holder, *state);
+                    answers.item(item.place, Err(Refusal::KeyHeld { holder, state }));
+                }
+            }
+            continue;
+        };
+        if found.producer != message.producer {
+            answers.item(item.place, Err(Refusal::IdTaken(id)));
+            continue;
+        }
+        let state = match &found.state {
+            Ok(state) => *state,
+            Err(error) => {
+                answers.fail(item.place, unknown(doing, error));
+                continue;
+            }
+        };
+        if found.content_hash != message.content_hash().as_bytes() {
+            answers.item(item.place, Err(Refusal::OtherContent { id, state }));
+            continue;
+        }
+        match state.apply(event) {
+            Ok(Effect::AlreadySo) => answers.item(item.place, Ok(state)),
+            Ok(Effect::Moves(_)) => moving.push(item),
+            Err(wrong) => {
+                if wrong.is_conflict() {
+                    conflicts.push((id, wrong));
+                }
+                answers.item(item.place, Err(Refusal::WrongState { id, wrong }));
+            }
+        }
+    }
+    mark_conflicts(db, &conflicts).await?;
+    check_at_once(db, to_check).await?;
+    again.extend(confirm_prepared(db, moving, answers).await?);
+    Ok(again)
+}
+
+/// Publishing what was prepared confirms it.
+async fn confirm_prepared<'a>(
+    db: &mut Session,
+    moving: Vec<Handed<'a>>,
+    answers: &mut Answers,
+) -> Result<Vec<Handed<'a>>, sqlx::Error> {
+    let mut seen = HashSet::new();
+    let confirmed = MessageState::Confirmed;
+    let first: Vec<_> = moving
+        .iter()
+        .filter(|item| seen.insert(item.message.id))
+        .map(|item| (item.message.id, item.message.producer.as_str(), confirmed))
+        .collect();
+    let moved = decide(db, &first).await?;
+    let mut again = Vec::new();
+    for item in moving {
+        match moved.get(&item.message.id) {
+            Some(topic) => {
+                answers.topic(item.place, topic);
+                answers.item(item.place, Ok(confirmed));
+            }
+            None => again.push(item),
+        }
+    }
+    Ok(again)
+}
+
+/// A crashed try must not hold a key for long: ask about it now, unless it is being asked about.
+async fn check_at_once(db: &mut Session, holders: Vec<MessageId>) -> Result<(), sqlx::Error> {
+    if holders.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<_> = holders.into_iter().map(uuid).collect();
+    db.fetch(
+        "-- check holders now
+         WITH locked AS MATERIALIZED (
+             SELECT m.id FROM message m
+              WHERE m.id = ANY($1) AND m.state = 'PREPARED' AND m.check_token IS NULL
+                AND m.check_at > clock_timestamp()
+              ORDER BY m.id FOR UPDATE OF m /* waits */
+         )
+         UPDATE message m SET check_at = clock_timestamp() FROM locked l WHERE m.id = l.id
+         RETURNING m.id",
+        |query| query.bind(&ids),
+    )
+    .await?;
+    Ok(())
+}
+
+type OwnedKey = (String, String, String);
+
+fn owned((producer, topic, key): Key<'_>) -> OwnedKey {
+    (producer.to_owned(), topic.to_owned(), key.to_owned())
+}
+
+/// Who holds these keys.
+async fn holders(
+    db: &mut Session,
+    keys: Vec<Key<'_>>,
+    doing: &'static str,
+) -> Result<HashMap<OwnedKey, (MessageId, Result<MessageState, Error>)>, sqlx::Error> {
+    if keys.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let producers: Vec<_> = keys.iter().map(|key| key.0).collect();
+    let topics: Vec<_> = keys.iter().map(|key| key.1).collect();
+    let words: Vec<_> = keys.iter().map(|key| key.2).collect();
+    let rows = db
+        .fetch(
+            "-- who holds the keys
+             SELECT m.id, m.state, m.producer, m.topic, m.key
+               FROM unnest($1::text[], $2::text[], $3::text[]) AS i(producer, topic, key)
+               JOIN message m ON m.producer = i.producer AND m.topic = i.topic AND m.key = i.key
+              WHERE m.key IS NOT NULL AND m.state <> 'CANCELLED'",
+            |query| query.bind(&producers).bind(&topics).bind(&words),
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            let key = (get(row, "producer")?, get(row, "topic")?, get(row, "key")?);
+            Ok((key, (id(row, "id")?, message_state(row, doing)?)))
+        })
+        .collect()
+}
+
+/// Inserts messages with their bodies and, published, their deliveries. Returns the ids of those
+/// that were new.
+async fn insert(
+    db: &mut Session,
+    bucket: &Current,
+    event: MessageEvent,
+    items: &[&Handed<'_>],
+) -> Result<HashSet<MessageId>, sqlx::Error> {
+    if items.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let rows = Rows::of(items)?;
+    let number = bucket.number(db).await?;
+    let inserted = match insert_into(db, number, event, &rows).await {
+        // The bucket is gone: this process slept through its whole life.
+        Err(error) if trouble(&error) == Trouble::NoSuchTable => {
+            bucket.forget();
+            let number = bucket.number(db).await?;
+            insert_into(db, number, event, &rows).await?
+        }
+        inserted => inserted?,
+    };
+    inserted.iter().map(|row| id(row, "id")).collect()
+}
+
+async fn insert_into(
+    db: &mut Session,
+    bucket: i64,
+    event: MessageEvent,
+    rows: &Rows<'_>,
+) -> Result<Vec<sqlx::postgres::PgRow>, sqlx::Error> {
+    let sql = if event == MessageEvent::Publish {
+        publish_sql(bucket)
+    } else {
+        prepare_sql(bucket)
+    };
+    db.fetch(&sql, |query| {
+        query
+            .bind(&rows.ids)
+            .bind(&rows.producers)
+            .bind(&rows.topics)
+            .bind(&rows.keys)
+            .bind(&rows.hashes)
+            .bind(&rows.bytes)
+            .bind(&rows.fences)
+            .bind(&rows.deliver_after)
+            .bind(&rows.check_after)
+            .bind(&rows.content_types)
+            .bind(&rows.headers)
+            .bind(&rows.payloads)
+    })
+    .await
+}
+
+/// Messages as columns.
+struct Rows<'a> {
+    ids: Vec<Uuid>,
+    producers: Vec<&'a str>,
+    topics: Vec<&'a str>,
+    keys: Vec<Option<&'a str>>,
+    hashes: Vec<Vec<u8>>,
+    bytes: Vec<i64>,
+    fences: Vec<Option<Uuid>>,
+    deliver_after: Vec<Option<At>>,
+    check_after: Vec<PgInterval>,
+    content_types: Vec<String>,
+    headers: Vec<String>,
+    payloads: Vec<&'a [u8]>,
+}
+
+impl<'a> Rows<'a> {
+    fn of(items: &[&Handed<'a>]) -> Result<Self, sqlx::Error> {
+        let messages = || items.iter().map(|item| item.message);
+        Ok(Self {
+            ids: messages().map(|message| uuid(message.id)).collect(),
+            producers: messages()
+                .map(|message| message.producer.as_str())
+                .collect(),
+            topics: messages().map(|message| message.topic.as_str()).collect(),
+            keys: messages().map(|message| message.key.as_deref()).collect(),
+            hashes: messages()
+                .map(|message| message.content_hash().as_bytes().to_vec())
+                .collect(),
+            bytes: messages()
+                .map(|message| long(message.body_bytes()))
+                .collect(),
+            fences: messages().map(|message| message.fence).collect(),
+            deliver_after: messages()
+                .map(|message| message.deliver_after.map(At))
+                .collect(),
+            check_after: items.iter().map(|item| span(item.check_after)).collect(),
+            content_types: messages()
+                .map(|message| clean(&message.content_type))
+                .collect(),
+            headers: messages()
+                .map(|message| serde_json::to_string(&message.headers))
+                .collect::<Result<_, _>>()
+                .map_err(|source| sqlx::Error::Encode(Box::new(source)))?,
+            payloads: messages().map(|message| &message.payload[..]).collect(),
+        })
+    }
+}
+
+/// The rows of a batch as a table.
+const INPUT: &str = "input AS MATERIALIZED (
+        SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[],
+                             $6::bigint[], $7::uuid[], $8::timestamptz[], $9::interval[],
+                             $10::text[], $11::text[], $12::bytea[])
+            AS i(id, producer, topic, key, content_hash, body_bytes, fence, deliver_after,
+                 check_after, content_type, headers, payload)
+    )";
+
+/// The bodies of what was inserted. `IS TRUE` keeps the planner from comparing each with each.
+fn bodies_sql(bucket: i64) -> String {
+    format!(
+        "bodies AS (
+            INSERT INTO body_{bucket} (message_id, content_type, headers, payload)
+            SELECT id, content_type, headers, payload FROM input
+             WHERE (id IN (SELECT id FROM made)) IS TRUE
+        )"
+    )
+}
+
+/// Inserts go along the unique keys: two batches that share some wait for each other in one
+/// direction only.
+fn prepare_sql(bucket: i64) -> String {
+    let bodies = bodies_sql(bucket);
+    format!(
+        "-- prepare
+        WITH {INPUT}, made AS (
+            INSERT INTO message (id, producer, topic, key, state, content_hash, bucket,
+                                 body_bytes, fence, deliver_after, check_at, prepared_at)
+            SELECT id, producer, topic, key, 'PREPARED', content_hash, {bucket}, body_bytes, fence,
+                   deliver_after, clock_timestamp() + check_after, clock_timestamp()
+              FROM input
+             WHERE EXISTS (SELECT FROM body_bucket WHERE number = {bucket} AND NOT closed)
+             ORDER BY producer COLLATE \"C\", topic COLLATE \"C\", key COLLATE \"C\", id
+            ON CONFLICT DO NOTHING
+            RETURNING id
+        ), {bodies}
+        SELECT id FROM made"
+    )
+}
+
+fn publish_sql(bucket: i64) -> String {
+    let bodies = bodies_sql(bucket);
+    format!(
+        "-- publish
+        WITH {INPUT}, t AS MATERIALIZED (
+            SELECT clock_timestamp() AS now
+        ), made AS (
+            INSERT INTO message (id, producer, topic, key, state, content_hash, bucket,
+                                 body_bytes, fence, deliver_after, prepared_at, decided_at,
+                                 decided_by, unsubscribed)
+            SELECT i.id, i.producer, i.topic, i.key, 'CONFIRMED', i.content_hash, {bucket},
+                   i.body_bytes, i.fence, i.deliver_after, (SELECT now FROM t), (SELECT now FROM t),
+                   'PRODUCER', NOT EXISTS (
+                       SELECT FROM subscription s WHERE s.topic = i.topic AND s.active)
+              FROM input i
+             WHERE EXISTS (SELECT FROM body_bucket WHERE number = {bucket} AND NOT closed)
+             ORDER BY i.producer COLLATE \"C\", i.topic COLLATE \"C\", i.key COLLATE \"C\", i.id
+            ON CONFLICT DO NOTHING
+            RETURNING id, topic, deliver_after, decided_at
+        ), {bodies}, deliveries AS (
+            INSERT INTO delivery (message_id, subscription, state, due_at, confirmed_at)
+            SELECT d.id, s.name, 'PENDING', greatest(d.deliver_after, d.decided_at), d.decided_at
+              FROM made d JOIN subscription s ON s.topic = d.topic AND s.active
+             ORDER BY d.id, s.name
+        )
+        SELECT id FROM made"
+    )
+}

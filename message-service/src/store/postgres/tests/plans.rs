@@ -1,0 +1,105 @@
+//! How the database does what the hot statements ask for.
+
+use super::super::{answers, checks, deliveries, messages, outcomes, session};
+use super::*;
+
+/// The plan that stays in use whatever the arguments are, one step per line.
+async fn plan(db: &mut PgConnection, sql: &str, arguments: &str) -> String {
+    run(db, &format!("PREPARE hot {sql}")).await;
+    let lines: Vec<String> =
+        sqlx::query_scalar(AssertSqlSafe(format!("EXPLAIN EXECUTE hot({arguments})")))
+            .persistent(false)
+            .fetch_all(&mut *db)
+            .await
+            .unwrap();
+    run(db, "DEALLOCATE hot").await;
+    lines.join("\n")
+}
+
+#[tokio::test]
+async fn hot_statements_walk_along_an_index() {
+    let harness = ready().await;
+    let mut db = session::connect(&harness.database.options(), Use::Write)
+        .await
+        .unwrap();
+    run(&mut db, "SET plan_cache_mode = force_generic_plan").await;
+    let claim = "'s', 9::bigint, '30 s'::interval, 9::bigint, '-infinity'::timestamptz, \
+                 gen_random_uuid()";
+    let normal = deliveries::claim_sql(deliveries::Which::Normal);
+    let fresh = deliveries::claim_sql(deliveries::Which::Fresh);
+    let alone = deliveries::claim_sql(deliveries::Which::Alone);
+    let checks_claim = checks::claim_sql();
+    let typed = |types: &str, sql: &str| format!("{types} AS {sql}");
+    let claim_types = "(text, bigint, interval, bigint, timestamptz, uuid)";
+    for (types, sql, arguments, indexes) in [
+        (
+            claim_types,
+            normal.as_str(),
+            claim,
+            &["delivery_to_send", "message_pkey", "delivery_pkey"][..],
+        ),
+        (claim_types, &fresh, claim, &["delivery_to_send"]),
+        (claim_types, &alone, claim, &["delivery_to_send_alone"]),
+        (
+            "(text, timestamptz)",
+            deliveries::NEXT_DUE,
+            "'s', '-infinity'",
+            &["delivery_to_send", "delivery_to_send_alone"],
+        ),
+        (
+            "(text, bigint, interval, uuid)",
+            &checks_claim,
+            "'p', 9, '30 s', gen_random_uuid()",
+            &["message_to_check", "message_pkey"],
+        ),
+        (
+            "(uuid[], text[], text[])",
+            messages::DECIDE,
+            "'{}', '{}', '{}'",
+            &["message_pkey"],
+        ),
+        (
+            "(uuid[], uuid[], text[])",
+            checks::DECIDE,
+            "'{}', '{}', '{}'",
+            &["message_pkey"],
+        ),
+        (
+            "(uuid[], text[], uuid[], interval[])",
+            deliveries::MARK_SENT,
+            "'{}', '{}', '{}', '{}'",
+            &["delivery_pkey"],
+        ),
+        (
+            "(uuid[], text[])",
+            answers::CONSUME,
+            "'{}', '{}'",
+            &["delivery_pkey"],
+        ),
+        (
+            "(uuid[], text[], text[], uuid[], bigint[], bigint[], bigint[], text[], \
+              timestamptz[], bigint[], bigint[], bigint[], text[], uuid[], text[], text[], text[])",
+            outcomes::WRITE,
+            "'{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', \
+             '{}', '{}', '{}'",
+            &["delivery_pkey"],
+        ),
+    ] {
+        let plan = plan(&mut db, &typed(types, sql), arguments).await;
+        for index in indexes {
+            assert!(plan.contains(&format!(" using {index} ")), "{plan}");
+        }
+        for table in ["message", "delivery"] {
+            assert!(!plan.contains(&format!("Seq Scan on {table} ")), "{plan}");
+        }
+        // What is due is found along the index, not filtered out of it.
+        for step in plan.lines().filter(|step| step.contains("Filter:")) {
+            assert!(!step.contains("due_at"), "{plan}");
+        }
+        if sql.contains("SKIP LOCKED") {
+            let sorted =
+                plan.contains("Sort Key: d.due_at") || plan.contains("Sort Key: m.check_at");
+            assert!(!sorted, "{plan}");
+        }
+    }
+}
