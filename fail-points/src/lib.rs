@@ -84,6 +84,10 @@ points! {
     CLAIM_AFTER_COMMIT = "service.claim.after-commit";
     /// Deliveries were handed to the consumer's stream.
     DELIVER_AFTER_WRITE = "service.deliver.after-write";
+    /// RabbitMQ has confirmed deliveries, SENT is not written.
+    RELAY_CONFIRMED = "service.relay.confirmed";
+    /// Answers from RabbitMQ are durable, their message is not acked.
+    ANSWERS_RECORDED = "service.answers.recorded";
     /// SENT is written but not committed.
     SENT_BEFORE_COMMIT = "service.sent.before-commit";
     /// SENT is durable.

@@ -47,10 +47,11 @@ pub struct Options {
     pub reflection: bool,
 }
 
-/// The services of `handfast.v1`, to be added to a [`server_builder`].
+/// The services of `handfast.v1`, to be added to a [`server_builder`]. Without the embedded
+/// broker, `Consume` says where deliveries are instead.
 pub fn router(
     service: Arc<Service>,
-    embedded: Arc<Embedded>,
+    embedded: Option<Arc<Embedded>>,
     options: Options,
 ) -> Result<Routes, tonic_reflection::server::Error> {
     let messages = MessagesServer::new(messages::Api::new(Arc::clone(&service)))

@@ -4,12 +4,13 @@
 //! hands them over, and marks them SENT. The passes and the service need only what is below.
 
 pub mod embedded;
+pub mod rabbitmq;
 
 use std::collections::BTreeSet;
 
 use async_trait::async_trait;
 
-use crate::message::MessageId;
+use crate::message::{Answer, MessageId};
 use crate::store::Overdue;
 
 /// What the service and the recovery pass need of a broker.
@@ -28,4 +29,55 @@ pub trait Broker: Send + Sync + 'static {
 
     /// How many consumers are connected at this moment, where that is known.
     fn consumers(&self, subscription: &str) -> Option<u32>;
+
+    /// Whether it can carry anything at this moment.
+    fn state(&self) -> BrokerState;
+
+    /// What is known of a subscription's queue, where there is one.
+    fn queue(&self, subscription: &str) -> Option<QueueState>;
+
+    /// Answers that were dropped since the start.
+    fn dropped_answers(&self) -> AnswerCounts;
+}
+
+/// Whether a broker can carry anything.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum BrokerState {
+    /// It can.
+    #[default]
+    Up,
+    /// It is there and takes nothing, for this reason.
+    Blocked(String),
+    /// It is not there, for this reason.
+    Down(String),
+}
+
+/// What is known of a subscription's queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct QueueState {
+    /// Consumers that are connected.
+    pub consumers: u32,
+    /// Messages that wait in it, without those that consumers hold.
+    pub waiting: u64,
+    /// Why nothing is sent to it; empty if something is.
+    pub trouble: String,
+}
+
+/// Answers that were dropped, because nothing could become of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AnswerCounts {
+    /// They could not be read.
+    pub unreadable: u64,
+    /// Nobody declared their subscription.
+    pub unknown: u64,
+    /// Another user may answer for their subscription, and not theirs.
+    pub foreign: u64,
+}
+
+/// Who makes answers durable that come by way of a broker.
+#[async_trait]
+pub trait AnswerSink: Send + Sync + 'static {
+    /// Writes at most 500 answers. An error is worth a retry; what can never be written is no
+    /// error.
+    async fn acknowledge(&self, subscription: &str, answers: Vec<Answer>) -> Result<(), String>;
 }

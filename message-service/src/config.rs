@@ -21,7 +21,7 @@ use serde::Deserialize;
 
 use crate::topology::Topology;
 
-pub use engines::sqlite_file;
+pub use engines::{Engines, PostgresUrl, sqlite_file};
 pub use server::{LogFormat, Server};
 pub use settings::Settings;
 pub use topology::MOST_PER_KIND;
@@ -46,7 +46,8 @@ pub const MOST_FILE_BYTES: u64 = 4 * 1024 * 1024;
 /// [server]
 /// listen = "127.0.0.1:7400"
 /// store = "sqlite:handfast.db"        # relative to the working directory
-/// broker = "embedded"
+/// broker = "embedded"                 # or, with a postgres:// store, amqp://…
+/// deployment = "handfast"             # what every name in RabbitMQ begins with
 /// insecure_listen = false             # true allows an address that is not loopback
 /// reflection = false                  # true: gRPC reflection on such an address too
 /// shutdown_deadline_s = 25
@@ -81,6 +82,7 @@ pub const MOST_FILE_BYTES: u64 = 4 * 1024 * 1024;
 /// attempts = 10                       # or "unlimited"
 /// schedule_ms = [45000, 60000, 300000, 900000, 3600000, 14400000, 43200000, 86400000]
 /// max_age_s = 86400                   # without it: no limit
+/// max_in_queue = 10000                # in RabbitMQ; without it also what 5 s of answers take
 /// "#;
 /// let config = Config::parse(file, "handfast.toml", Settings::default())?;
 /// assert_eq!(config.server.listen.port(), 7400);

@@ -5,6 +5,7 @@
 //! later (a full disk, a producer that is down) does not end the process: calls are answered
 //! UNAVAILABLE and passes try again.
 
+mod engines;
 mod parts;
 mod shutdown;
 
@@ -20,11 +21,12 @@ use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
 
 use crate::api;
+use crate::broker::rabbitmq;
 use crate::clock::SystemClock;
 use crate::config::{Config, Server};
-use crate::store::sqlite::{OpenError, SqliteStore};
 use crate::store::{self, Applied, Store};
 use crate::topology::{Snapshot, Topology};
+use engines::Opened;
 use parts::Parts;
 
 /// The largest request of the health service that is read, in bytes: a service's name.
@@ -64,9 +66,15 @@ pub enum Error {
     /// The host gave no random numbers.
     #[error("cannot draw a random seed from the host: {0}; see that /dev/urandom can be read")]
     Seed(rand::rand_core::OsError),
-    /// The store refused to open.
+    /// The SQLite store refused to open.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Sqlite(#[from] store::sqlite::OpenError),
+    /// The PostgreSQL store refused to open.
+    #[error(transparent)]
+    Postgres(#[from] store::postgres::OpenError),
+    /// RabbitMQ holds something that is not ours.
+    #[error(transparent)]
+    RabbitMq(#[from] rabbitmq::Refused),
     /// The topology was refused, or could not be read or written.
     #[error("cannot apply the topology: {0}")]
     Topology(store::Error),
@@ -115,16 +123,20 @@ impl Running {
         })?;
         let seed = parts::seed().map_err(Error::Seed)?;
         let clock = Arc::new(SystemClock::new());
-        let store = SqliteStore::open(&server.store, clock.clone(), seed).await?;
-        let store: Arc<dyn Store> = Arc::new(store);
-        let snapshot = match apply(store.as_ref(), topology).await {
-            Ok(in_force) => Arc::new(Snapshot::new(in_force)),
+        let opened = Opened::open(&server, clock.clone(), seed).await?;
+        let applied = match apply(opened.store.as_ref(), topology).await {
+            Ok(applied) => applied,
             Err(error) => {
-                store.close().await;
+                opened.store.close().await;
                 return Err(Error::Topology(error));
             }
         };
-        let parts = Parts::assemble(&server, store, snapshot, clock, seed);
+        let snapshot = Arc::new(Snapshot::new(applied.in_force));
+        let parts = Parts::assemble(&server, opened, snapshot, clock, seed);
+        if let Err(refused) = parts.carrier.connect(&applied.removed).await {
+            parts.store.close().await;
+            return Err(refused.into());
+        }
         let options = api::Options {
             reflection: server.reflection || address.ip().is_loopback(),
         };
@@ -137,7 +149,7 @@ impl Running {
         let health_service = HealthService::from_health_reporter(health.clone());
         let routes = api::router(
             Arc::clone(&parts.service),
-            Arc::clone(&parts.embedded),
+            parts.carrier.embedded(),
             options,
         )?
         .add_service(
@@ -203,9 +215,18 @@ fn connections(
     })
 }
 
+/// What a start did with the topology.
+struct Applying {
+    /// The one in force now.
+    in_force: Topology,
+    /// Subscriptions that were in force before and are not any more.
+    removed: Vec<String>,
+}
+
 /// Puts the file's topology in force, if it has one and it is not older, and reads the one
 /// that is.
-async fn apply(store: &dyn Store, topology: Option<Topology>) -> Result<Topology, store::Error> {
+async fn apply(store: &dyn Store, topology: Option<Topology>) -> Result<Applying, store::Error> {
+    let before = store.topology().await?.subscriptions.into_keys();
     if let Some(topology) = topology {
         let version = topology.version;
         match store.apply_topology(topology).await? {
@@ -226,5 +247,9 @@ async fn apply(store: &dyn Store, topology: Option<Topology>) -> Result<Topology
              [[subscription]] to the configuration file"
         );
     }
-    Ok(in_force)
+    let still = |name: &String| in_force.subscriptions.contains_key(name);
+    Ok(Applying {
+        removed: before.filter(|name| !still(name)).collect(),
+        in_force,
+    })
 }

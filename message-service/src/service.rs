@@ -34,7 +34,7 @@ use failure::Failures;
 use gate::Gate;
 use undecided::Undecided;
 
-pub use crate::broker::embedded;
+pub use crate::broker::{BrokerState, QueueState, embedded};
 pub use crate::message::{
     Answer, AnswerKind, DeliveryState, Invalid, MessageEvent, MessageId, MessageState, NewMessage,
     Timestamp, WrongState, limits,

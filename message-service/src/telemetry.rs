@@ -8,6 +8,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::LogFormat;
 
+/// What is never logged, whatever is asked for.
+const SECRETS: &str = "lapin::returned_messages=off";
+
 /// Why logging cannot begin.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -28,8 +31,9 @@ pub enum Error {
 pub fn install(filter: &str, format: LogFormat) -> Result<(), Error> {
     use tracing_subscriber::util::SubscriberInitExt as _;
 
+    // lapin prints a message that RabbitMQ returned with its payload, which no log may have.
     let parsed = EnvFilter::builder()
-        .parse(filter)
+        .parse(format!("{filter},{SECRETS}"))
         .map_err(|source| Error::Filter {
             filter: filter.to_owned(),
             source,

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::broker::Broker;
+use crate::broker::{AnswerCounts, Broker, BrokerState, QueueState};
 use crate::clock::ManualClock;
 use crate::message::{
     Answer, AnswerKind, CheckPolicy, DeliveryPolicy, DeliveryState, MessageId, NewMessage,
@@ -179,6 +179,18 @@ impl Broker for Signals {
 
     fn consumers(&self, _: &str) -> Option<u32> {
         None
+    }
+
+    fn state(&self) -> BrokerState {
+        BrokerState::Up
+    }
+
+    fn queue(&self, _subscription: &str) -> Option<QueueState> {
+        None
+    }
+
+    fn dropped_answers(&self) -> AnswerCounts {
+        AnswerCounts::default()
     }
 }
 

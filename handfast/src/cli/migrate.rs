@@ -4,10 +4,8 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use handfast_migrations::{Database, Owner};
-use handfast_service::config::{Config, DEFAULT_FILE, Settings, sqlite_file};
-use handfast_service::store::sqlite;
-use sqlx::ConnectOptions as _;
-use sqlx::postgres::PgConnectOptions;
+use handfast_service::config::{Config, DEFAULT_FILE, Engines, Settings, sqlite_file};
+use handfast_service::store::{postgres, sqlite};
 
 use super::Failure;
 
@@ -68,7 +66,7 @@ fn database(name: &str) -> Result<Database, String> {
 enum Place {
     File(PathBuf),
     // Boxed, because it is much larger than a path.
-    Server(Box<PgConnectOptions>),
+    Server(Box<postgres::Address>),
 }
 
 /// Applies or prints.
@@ -83,8 +81,8 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
         .build()?;
     let (applied, database) = match &place {
         Place::File(file) => (runtime.block_on(sqlite::migrate(file))?, Database::Sqlite),
-        Place::Server(options) => (
-            runtime.block_on(migrate_postgres(options))?,
+        Place::Server(address) => (
+            runtime.block_on(postgres::migrate((**address).clone()))?,
             Database::Postgres,
         ),
     };
@@ -103,10 +101,15 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
 
 /// The store that `serve` would open with the same flags in the same place.
 fn place(store: Option<String>, config: Option<PathBuf>) -> Result<Place, Failure> {
-    let Some(url) = store else {
-        let path = config.unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
-        let file = Config::load(&path, Settings::default())?.server.store;
-        return Ok(Place::File(file));
+    let url = match store {
+        Some(url) => url,
+        None => {
+            let path = config.unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
+            match Config::load(&path, Settings::default())?.server.engines {
+                Engines::Embedded { file } => return Ok(Place::File(file)),
+                Engines::Production { store, .. } => store.as_str().to_owned(),
+            }
+        }
     };
     if !["postgres://", "postgresql://"]
         .iter()
@@ -114,13 +117,7 @@ fn place(store: Option<String>, config: Option<PathBuf>) -> Result<Place, Failur
     {
         return sqlite_file(&url).map(Place::File).map_err(Failure);
     }
-    // What is wrong is said without the URL, which may carry a password.
-    let options: PgConnectOptions = url.parse().map_err(|error| {
-        Failure(format!(
-            "store: cannot read the address of the database: {error}"
-        ))
-    })?;
-    Ok(Place::Server(Box::new(options)))
+    Ok(Place::Server(Box::new(url.parse()?)))
 }
 
 impl Place {
@@ -128,27 +125,9 @@ impl Place {
     fn name(&self) -> String {
         match self {
             Self::File(file) => file.display().to_string(),
-            Self::Server(options) => format!(
-                "postgres://{}:{}/{}",
-                options.get_host(),
-                options.get_port(),
-                options.get_database().unwrap_or(options.get_username()),
-            ),
+            Self::Server(address) => address.to_string(),
         }
     }
-}
-
-async fn migrate_postgres(options: &PgConnectOptions) -> Result<usize, Failure> {
-    let failed = |error: &dyn std::fmt::Display| {
-        let name = Place::Server(Box::new(options.clone())).name();
-        Failure(format!("cannot migrate {name}: {error}"))
-    };
-    let mut connection = options.connect().await.map_err(|error| failed(&error))?;
-    let applied = Owner::MessageService
-        .apply(&mut connection)
-        .await
-        .map_err(|error| failed(&error))?;
-    Ok(applied)
 }
 
 /// Writes to standard output. A reader that has read enough is no failure.

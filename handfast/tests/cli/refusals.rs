@@ -68,7 +68,7 @@ async fn a_configuration_that_is_missing_or_wrong_is_refused_before_anything_is_
         ),
         (
             "[server]\nstore = \"postgres://u:secret@db\"\nbroker = \"amqp://u:secret@mq\"\n",
-            "not supported yet",
+            "names no database",
         ),
         (
             "[[producer]]\nname = \"payment\"\n",

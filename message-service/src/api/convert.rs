@@ -15,8 +15,6 @@ use crate::service::{
     limits,
 };
 
-/// The reason of an answer is cut here.
-const REASON_BYTES: usize = 1_000;
 /// The id at the front of a cursor and everywhere else.
 const ID_BYTES: usize = 16;
 
@@ -159,9 +157,9 @@ fn answer((index, answer): (usize, proto::Answer)) -> Result<Option<Answer>, Inv
             return Err(Invalid::new(format!("answers[{index}].kind"), reason));
         }
         proto::AnswerKind::Consumed => AnswerKind::Consumed,
-        proto::AnswerKind::Failed => AnswerKind::Failed(cut(answer.reason)),
+        proto::AnswerKind::Failed => AnswerKind::Failed(limits::reason(answer.reason)),
         proto::AnswerKind::Later => AnswerKind::Later(later(index, answer.later_ms)?),
-        proto::AnswerKind::Rejected => AnswerKind::Rejected(cut(answer.reason)),
+        proto::AnswerKind::Rejected => AnswerKind::Rejected(limits::reason(answer.reason)),
     };
     Ok(Some(Answer {
         id,
@@ -180,16 +178,6 @@ fn later(index: usize, later_ms: i64) -> Result<Duration, Invalid> {
             format!("{later_ms} ms is outside of 0 to {limit_ms} ms"),
         )),
     }
-}
-
-/// Cuts a reason at a character's end, so that the rest is still text. NUL, which not every
-/// store can keep, becomes visible instead.
-fn cut(mut reason: String) -> String {
-    reason.truncate(reason.floor_char_boundary(REASON_BYTES));
-    if reason.contains('\0') {
-        reason = reason.replace('\0', "?");
-    }
-    reason
 }
 
 /// What became of each answer, beside the id as it was sent.

@@ -27,19 +27,19 @@ type Sent = Result<proto::ConsumeResponse, Status>;
 #[derive(Debug)]
 pub(super) struct Api {
     service: Arc<Service>,
-    embedded: Arc<Embedded>,
+    embedded: Option<Arc<Embedded>>,
 }
 
 impl Api {
-    pub(super) fn new(service: Arc<Service>, embedded: Arc<Embedded>) -> Self {
+    pub(super) fn new(service: Arc<Service>, embedded: Option<Arc<Embedded>>) -> Self {
         Self { service, embedded }
     }
 
     /// Opens a session for what the first request asks for.
-    fn open(&self, open: Open) -> Result<Session, Error> {
+    fn open(&self, embedded: &Arc<Embedded>, open: Open) -> Result<Session, Error> {
         self.service
             .check_stream(&open.topic, &open.subscription, &open.consumer)?;
-        let session = self.embedded.open(open.subscription, open.consumer);
+        let session = embedded.open(open.subscription, open.consumer);
         session.map_err(|_too_many| Error::Overloaded { what: "streams" })
     }
 }
@@ -52,10 +52,15 @@ impl Deliveries for Api {
         &self,
         request: Request<Streaming<proto::ConsumeRequest>>,
     ) -> Result<Response<Self::ConsumeStream>, Status> {
+        let Some(embedded) = &self.embedded else {
+            return Err(Status::failed_precondition(
+                "this service delivers over RabbitMQ; consume the subscription's queue there",
+            ));
+        };
         let mut requests = request.into_inner();
         let open = first(&mut requests).await?;
         let subscription = open.subscription.clone();
-        let opened = self.open(open);
+        let opened = self.open(embedded, open);
         let session = opened.map_err(|error| status::of_call(&error))?;
         // One place: what the client has not taken yet must not pile up here.
         let (replies, stream) = mpsc::channel(1);

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use session::{Grants, Sending, Sendings, Session};
 
-use crate::broker::Broker;
+use crate::broker::{AnswerCounts, Broker, BrokerState, QueueState};
 use crate::clock::Clock;
 use crate::message::MessageId;
 use crate::store::{Overdue, Store};
@@ -240,6 +240,18 @@ impl Broker for Embedded {
             .queue(subscription)
             .map_or(0, |queue| queue.consumers());
         Some(u32::try_from(open).unwrap_or(u32::MAX))
+    }
+
+    fn state(&self) -> BrokerState {
+        BrokerState::Up
+    }
+
+    fn queue(&self, _subscription: &str) -> Option<QueueState> {
+        None
+    }
+
+    fn dropped_answers(&self) -> AnswerCounts {
+        AnswerCounts::default()
     }
 }
 

@@ -1,10 +1,9 @@
 //! The rules of `[server]`.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use super::engines;
+use super::engines::{self, Engines};
 use super::place::{Place, Wrong};
 use super::settings::{Settings, Values};
 use crate::message::limits::{HARD_PAYLOAD_BYTES, Limits};
@@ -17,6 +16,9 @@ const MOST_S: u64 = 10 * 365 * 24 * 3600;
 const MOST_INFLIGHT_BYTES: u64 = 512 * 1024 * 1024;
 /// No number of bytes or messages may be larger: what a signed column can hold, with room.
 const MOST_COUNT: u64 = 1 << 60;
+
+/// The longest name of a deployment.
+const MOST_DEPLOYMENT_BYTES: usize = 50;
 
 /// How a line of the log looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +34,8 @@ pub enum LogFormat {
 pub struct Server {
     /// Where to serve; loopback, unless `insecure_listen`.
     pub listen: SocketAddr,
-    /// The SQLite file.
-    pub store: PathBuf,
+    /// What keeps messages and what carries them.
+    pub engines: Engines,
     /// Whether an address that is not loopback is served although nobody is authenticated.
     pub insecure_listen: bool,
     /// Whether reflection is served on an address that is not loopback.
@@ -83,7 +85,8 @@ impl Server {
                 ),
             )
         })?;
-        let store = engines::check(&values.store, &values.broker)?;
+        let deployment = deployment(&values.deployment)?;
+        let engines = engines::check(&values.store, &values.broker, deployment)?;
         check_order(&values)?;
         let hard = HARD_PAYLOAD_BYTES as u64;
         let payload_bytes = bytes("payload_bytes", values.payload_bytes, 1, hard)?;
@@ -97,7 +100,7 @@ impl Server {
         )?;
         Ok(Self {
             listen,
-            store,
+            engines,
             insecure_listen: values.insecure_listen,
             reflection: values.reflection,
             shutdown_deadline: seconds("shutdown_deadline_s", values.shutdown_deadline_s)?,
@@ -177,6 +180,19 @@ fn millis(key: &'static str, value: u64) -> Result<Duration, Wrong> {
 
 fn seconds(key: &'static str, value: u64) -> Result<Duration, Wrong> {
     within(key, value, 1, MOST_S).map(Duration::from_secs)
+}
+
+/// A queue's name is the deployment's, a dot and the subscription's, at most 255 bytes together.
+fn deployment(value: &str) -> Result<&str, Wrong> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if (1..=MOST_DEPLOYMENT_BYTES).contains(&value.len()) && value.chars().all(plain) {
+        Ok(value)
+    } else {
+        Err(wrong(
+            "deployment",
+            format!("use 1 to {MOST_DEPLOYMENT_BYTES} letters, digits, `-` and `_`"),
+        ))
+    }
 }
 
 fn log_format(value: &str) -> Result<LogFormat, Wrong> {

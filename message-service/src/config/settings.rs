@@ -57,11 +57,14 @@ settings! {
     "The address to serve on: an IP address and a port; port 0 takes a free one"
     listen: String = "127.0.0.1:7400", "HANDFAST_LISTEN", [value_name = "ADDRESS"];
 
-    "Where messages are kept: sqlite:FILE"
+    "Where messages are kept: sqlite:FILE, or postgres://USER:PASSWORD@HOST:PORT/DATABASE"
     store: String = "sqlite:handfast.db", "HANDFAST_STORE", [value_name = "URL"];
 
-    "What carries deliveries: embedded"
+    "What carries deliveries: embedded, or amqp://USER:PASSWORD@HOST:PORT/VHOST, several with commas"
     broker: String = "embedded", "HANDFAST_BROKER", [value_name = "URL"];
+
+    "What every name in RabbitMQ begins with"
+    deployment: String = "handfast", "HANDFAST_DEPLOYMENT", [value_name = "NAME"];
 
     "Serve on an address that is not loopback, although nobody is authenticated"
     insecure_listen: bool = false, "HANDFAST_INSECURE_LISTEN", [

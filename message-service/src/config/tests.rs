@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use super::{Config, Error, LogFormat, Settings};
+use super::{Config, Engines, Error, LogFormat, Settings};
 use crate::message::Attempts;
 
 fn parse(text: &str) -> Result<Config, Error> {
@@ -42,7 +42,8 @@ const SUBSCRIPTION: &str = "topology_version = 1\n[[topic]]\nname = \"t\"\n\
 fn an_empty_file_is_all_defaults_and_leaves_the_topology_alone() {
     let config = parse("").unwrap();
     assert_eq!(config.server.listen.to_string(), "127.0.0.1:7400");
-    assert_eq!(config.server.store.to_str(), Some("handfast.db"));
+    let file = "handfast.db".into();
+    assert_eq!(config.server.engines, Engines::Embedded { file });
     assert_eq!(config.server.shutdown_deadline, Duration::from_secs(25));
     assert_eq!(config.server.limits.payload_bytes, 262_144);
     assert_eq!(config.server.lease, Duration::from_secs(30));
@@ -196,7 +197,19 @@ fn every_rule_of_the_server_names_the_line_and_the_key() {
         ),
         (
             "store = \"postgres://u:secret@db\"\nbroker = \"amqp://u:secret@mq\"",
-            "store: postgres:// is not supported yet",
+            "store: the URL names no database",
+        ),
+        (
+            "store = \"postgres://u:secret@db:x/d\"\nbroker = \"amqp://u:secret@mq\"",
+            "store: this is not a URL of a PostgreSQL database",
+        ),
+        (
+            "broker = \"amqp://mq,amqps://u:secret@mq\"\nstore = \"postgres://db/d\"",
+            "broker: amqps:// is not supported yet",
+        ),
+        (
+            "deployment = \"my shop\"",
+            "deployment: use 1 to 50 letters",
         ),
     ] {
         let error = refused(&format!("# first\n[server]\n{written}\n"));

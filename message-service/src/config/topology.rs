@@ -9,6 +9,7 @@ use serde::de::{self, Deserializer, Visitor};
 
 use super::File;
 use super::place::{Place, Wrong};
+use crate::broker::rabbitmq::RESERVED;
 use crate::message::limits;
 use crate::message::{Attempts, CheckPolicy, DeliveryPolicy};
 use crate::topology::{Producer, Subscription, Topic, Topology};
@@ -24,6 +25,8 @@ const MOST_AGE_S: u64 = 10 * 365 * 24 * 3600;
 /// Versions and attempts are stored in signed columns.
 const MOST_VERSION: u64 = i64::MAX as u64;
 const MOST_ATTEMPTS: i64 = 1_000_000;
+/// The most messages that may wait in one queue in RabbitMQ.
+const MOST_IN_QUEUE: u64 = 10_000_000;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,6 +54,8 @@ pub(super) struct SubscriptionTable {
     attempts: Option<WrittenAttempts>,
     schedule_ms: Option<Vec<u64>>,
     max_age_s: Option<u64>,
+    max_in_queue: Option<u64>,
+    amqp_user: Option<String>,
 }
 
 /// `attempts = 10` or `attempts = "unlimited"`.
@@ -300,11 +305,26 @@ fn subscriptions(
                 ),
             ));
         }
+        if RESERVED.contains(&written.name.as_str()) {
+            return Err(table.wrong("name", "is the name of a queue of Handfast's own"));
+        }
+        if let Some(most) = written.max_in_queue
+            && !(1..=MOST_IN_QUEUE).contains(&most)
+        {
+            return Err(table.wrong(
+                "max_in_queue",
+                format!("{most} is not between 1 and {MOST_IN_QUEUE} messages"),
+            ));
+        }
+        if let Some(user) = &written.amqp_user {
+            limits::name("amqp_user", user)
+                .map_err(|invalid| table.wrong("amqp_user", invalid.reason))?;
+        }
         let subscription = Subscription {
             topic: written.topic.clone(),
             policy: policy(&table, written)?,
-            max_in_queue: None,
-            amqp_user: None,
+            max_in_queue: written.max_in_queue,
+            amqp_user: written.amqp_user.clone(),
         };
         checked.insert(written.name.clone(), subscription);
     }

@@ -24,6 +24,8 @@ pub const HEADER_VALUE_BYTES: usize = 4 * 1024;
 pub const HEADERS_BYTES: usize = 32 * 1024;
 /// How far ahead `deliver_after` may lie.
 pub const DELIVER_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Bytes of a reason that a consumer gives with an answer.
+pub const REASON_BYTES: usize = 1_000;
 /// How far ahead an answer LATER may lie.
 pub const LATER: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -103,6 +105,16 @@ impl Limits {
         }
         Ok(())
     }
+}
+
+/// Cuts a consumer's reason to [`REASON_BYTES`] at a character's end, so that the rest is still
+/// text. NUL, which not every store can keep, becomes visible instead.
+pub fn reason(mut reason: String) -> String {
+    reason.truncate(reason.floor_char_boundary(REASON_BYTES));
+    if reason.contains('\0') {
+        reason = reason.replace('\0', "?");
+    }
+    reason
 }
 
 /// Checks a name: 1 to [`NAME_BYTES`] bytes, no control character.

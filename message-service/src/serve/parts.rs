@@ -7,9 +7,10 @@ use rand::TryRngCore as _;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::engines::{Carrier, Opened};
+
 use crate::answered::Answered;
-use crate::broker::Broker;
-use crate::broker::embedded::{self, Embedded};
+use crate::broker::AnswerSink;
 use crate::checker::{self, Checker};
 use crate::clock::Clock;
 use crate::config::Server;
@@ -27,7 +28,7 @@ const CHECK_MARGIN: Duration = Duration::from_secs(1);
 /// Everything that runs behind the API.
 pub(super) struct Parts {
     pub(super) store: Arc<dyn Store>,
-    pub(super) embedded: Arc<Embedded>,
+    pub(super) carrier: Carrier,
     pub(super) service: Arc<Service>,
     checker: Arc<Checker>,
     recovery: Arc<Recovery>,
@@ -48,23 +49,15 @@ impl Parts {
     /// Joins the parts. Nothing runs yet.
     pub(super) fn assemble(
         server: &Server,
-        store: Arc<dyn Store>,
+        opened: Opened,
         topology: Arc<Snapshot>,
         clock: Arc<dyn Clock>,
         seed: u64,
     ) -> Self {
         let answered = Arc::new(Answered::default());
-        let embedded = Embedded::new(
-            Arc::clone(&store),
-            Arc::clone(&topology),
-            Arc::clone(&clock),
-            embedded::Settings {
-                lease: server.lease,
-                resend_after: server.resend_after,
-                ..embedded::Settings::default()
-            },
-        );
-        let broker: Arc<dyn Broker> = embedded.clone();
+        let carrier = Carrier::new(server, &opened, &topology, &clock, seed);
+        let store = opened.store;
+        let broker = carrier.port();
         let service = Service::new(
             Arc::clone(&store),
             Arc::clone(&topology),
@@ -124,7 +117,7 @@ impl Parts {
         let refresh = Refresh::new(Arc::clone(&store), topology, refresh::PERIOD, seed);
         Self {
             store,
-            embedded,
+            carrier,
             service,
             checker,
             recovery,
@@ -143,13 +136,15 @@ impl Parts {
         self.passes.spawn(Arc::clone(&self.retention).run(stop()));
         self.passes.spawn(Arc::clone(&self.refresh).run(stop()));
         self.passes.close();
+        let sink: Arc<dyn AnswerSink> = Arc::clone(&self.service) as _;
+        self.carrier.start(sink);
     }
 }
 
 impl std::fmt::Debug for Parts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Parts")
-            .field("embedded", &self.embedded)
+            .field("carrier", &self.carrier)
             .field("service", &self.service)
             .finish_non_exhaustive()
     }

@@ -46,9 +46,9 @@ impl Running {
         }
         self.parts.stop.cancel();
         let answers_within = self.shutdown_deadline / ANSWERS_SHARE;
-        let streams = self.parts.embedded.shutdown(answers_within);
-        if timeout_at(deadline, streams).await.is_err() {
-            tracing::warn!("the deadline came before all streams were closed");
+        let carrier = self.parts.carrier.shutdown(answers_within);
+        if timeout_at(deadline, carrier).await.is_err() {
+            tracing::warn!("the deadline came before everything on its way had arrived");
         }
         self.no_more_calls.cancel();
         self.end_watches().await;

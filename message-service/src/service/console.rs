@@ -8,6 +8,7 @@ use super::{
     DeliveryCursor, DeliveryState, DeliveryView, Error, MessageFilter, MessageId, MessageView,
     Service, SubscriptionCounts, limits,
 };
+use crate::broker::{AnswerCounts, BrokerState, QueueState};
 use crate::message::Invalid;
 use crate::store;
 
@@ -23,6 +24,12 @@ pub struct CountsView {
     pub store: store::Counts,
     /// For each subscription of the store's list: how many consumers are connected.
     pub consumers: Vec<u32>,
+    /// For each subscription of the store's list: what is known of its queue.
+    pub queues: Vec<QueueState>,
+    /// Whether deliveries can be carried.
+    pub broker: BrokerState,
+    /// Answers that came by way of the broker and were of no use.
+    pub dropped_answers: AnswerCounts,
     /// For each producer of the store's list: whether it did not answer when last asked.
     pub unreachable: Vec<bool>,
 }
@@ -64,10 +71,16 @@ impl Service {
         let consumers = |subscription: &SubscriptionCounts| {
             self.broker.consumers(&subscription.name).unwrap_or(0)
         };
+        let queue = |subscription: &SubscriptionCounts| {
+            self.broker.queue(&subscription.name).unwrap_or_default()
+        };
         let unreachable =
             |(producer, _): &(String, u64)| self.reachability.is_unreachable(producer);
         Ok(CountsView {
             consumers: counts.subscriptions.iter().map(consumers).collect(),
+            queues: counts.subscriptions.iter().map(queue).collect(),
+            broker: self.broker.state(),
+            dropped_answers: self.broker.dropped_answers(),
             unreachable: counts.producers.iter().map(unreachable).collect(),
             store: counts,
         })

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
+use async_trait::async_trait;
+
 use super::refusal::{self, HandOver};
 use super::{
     Answer, AnswerOutcome, Answers, Error, Ids, Invalid, ItemResult, MessageEvent, MessageId,
     MessageState, NewMessage, Service, Status, Submission, limits,
 };
+use crate::broker::AnswerSink;
 use crate::store::{Decision, Written};
 use crate::topology::Topology;
 
@@ -273,6 +276,14 @@ impl Service {
             let what = format!("{doing}: the store answered another number of items than asked");
             self.failures.of_program(&what)
         })
+    }
+}
+
+#[async_trait]
+impl AnswerSink for Service {
+    async fn acknowledge(&self, subscription: &str, answers: Vec<Answer>) -> Result<(), String> {
+        let recorded = self.record(subscription, answers).await;
+        recorded.map(|_| ()).map_err(|error| error.to_string())
     }
 }
 

@@ -116,7 +116,7 @@ impl World {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let options = api::Options { reflection: true };
-        let routes = api::router(service, embedded, options).unwrap();
+        let routes = api::router(service, Some(embedded), options).unwrap();
         let server = api::server_builder().add_routes(routes);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         let channel = Channel::from_shared(address).unwrap();

@@ -1860,6 +1860,27 @@ pub struct CountsResponse {
     pub subscriptions: ::prost::alloc::vec::Vec<SubscriptionCounts>,
     #[prost(message, repeated, tag = "9")]
     pub producers: ::prost::alloc::vec::Vec<ProducerCounts>,
+    /// What carries deliveries, at this moment.
+    #[prost(message, optional, tag = "10")]
+    pub broker: ::core::option::Option<BrokerCounts>,
+}
+/// What carries deliveries.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BrokerCounts {
+    #[prost(enumeration = "BrokerState", tag = "1")]
+    pub state: i32,
+    /// Why it takes nothing; empty while it does.
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    /// Answers that came by way of the broker since the start and could not be read.
+    #[prost(uint64, tag = "3")]
+    pub unreadable_answers: u64,
+    /// Answers for a subscription that nobody declared.
+    #[prost(uint64, tag = "4")]
+    pub unknown_answers: u64,
+    /// Answers by another AMQP user than the subscription's.
+    #[prost(uint64, tag = "5")]
+    pub foreign_answers: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SubscriptionCounts {
@@ -1878,9 +1899,15 @@ pub struct SubscriptionCounts {
     /// When the oldest delivery that is PENDING or SENT was confirmed.
     #[prost(int64, optional, tag = "7")]
     pub oldest_open_at: ::core::option::Option<i64>,
-    /// Consumers that hold an open stream at this moment.
+    /// Consumers that hold an open stream, or consume its queue, at this moment.
     #[prost(uint32, tag = "8")]
     pub consumers: u32,
+    /// Messages that wait in its queue in RabbitMQ, without those that consumers hold.
+    #[prost(uint64, tag = "9")]
+    pub in_queue: u64,
+    /// Why nothing is sent to its queue; empty while something is.
+    #[prost(string, tag = "10")]
+    pub trouble: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ProducerCounts {
@@ -2022,6 +2049,41 @@ pub struct ListDeliveriesResponse {
     pub deliveries: ::prost::alloc::vec::Vec<DeliveryRow>,
     #[prost(bytes = "vec", tag = "2")]
     pub next_cursor: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum BrokerState {
+    Unspecified = 0,
+    /// It carries what is due.
+    Up = 1,
+    /// It is there and takes nothing, for example because of a disk alarm. Nothing is claimed.
+    Blocked = 2,
+    /// It is not there. Nothing is claimed, and connecting goes on.
+    Down = 3,
+}
+impl BrokerState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "BROKER_STATE_UNSPECIFIED",
+            Self::Up => "BROKER_STATE_UP",
+            Self::Blocked => "BROKER_STATE_BLOCKED",
+            Self::Down => "BROKER_STATE_DOWN",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "BROKER_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "BROKER_STATE_UP" => Some(Self::Up),
+            "BROKER_STATE_BLOCKED" => Some(Self::Blocked),
+            "BROKER_STATE_DOWN" => Some(Self::Down),
+            _ => None,
+        }
+    }
 }
 /// Generated client implementations.
 pub mod console_client {

@@ -4,23 +4,32 @@ use handfast_proto::v1 as proto;
 
 use super::{ID_BYTES, decided_by, delivery_state, headers, message_state};
 use crate::service::{
-    CountsView, DeliveryCursor, DeliveryState, DeliveryView, Error, Invalid, MessageFilter,
-    MessageId, MessageState, MessageView, ShownMessage, SubscriptionCounts, TimelineEntry,
-    Timestamp, limits,
+    BrokerState, CountsView, DeliveryCursor, DeliveryState, DeliveryView, Error, Invalid,
+    MessageFilter, MessageId, MessageState, MessageView, QueueState, ShownMessage,
+    SubscriptionCounts, TimelineEntry, Timestamp, limits,
 };
 
 /// How many of what, and who is there.
 pub(in crate::api) fn counts(view: CountsView) -> proto::CountsResponse {
     let counts = view.store;
-    let subscription = |(counts, consumers): (SubscriptionCounts, u32)| proto::SubscriptionCounts {
-        subscription: counts.name,
-        topic: counts.topic,
-        active: counts.active,
-        pending: counts.pending,
-        sent: counts.sent,
-        dead: counts.dead,
-        oldest_open_at: counts.oldest_open_at.map(Timestamp::as_micros),
-        consumers,
+    let subscription = |((counts, consumers), queue): ((SubscriptionCounts, u32), QueueState)| {
+        proto::SubscriptionCounts {
+            subscription: counts.name,
+            topic: counts.topic,
+            active: counts.active,
+            pending: counts.pending,
+            sent: counts.sent,
+            dead: counts.dead,
+            oldest_open_at: counts.oldest_open_at.map(Timestamp::as_micros),
+            consumers,
+            in_queue: queue.waiting,
+            trouble: queue.trouble,
+        }
+    };
+    let (state, reason) = match view.broker {
+        BrokerState::Up => (proto::BrokerState::Up, String::new()),
+        BrokerState::Blocked(reason) => (proto::BrokerState::Blocked, reason),
+        BrokerState::Down(reason) => (proto::BrokerState::Down, reason),
     };
     let producer = |((producer, prepared), unreachable)| proto::ProducerCounts {
         producer,
@@ -28,6 +37,7 @@ pub(in crate::api) fn counts(view: CountsView) -> proto::CountsResponse {
         unreachable,
     };
     let subscriptions = counts.subscriptions.into_iter().zip(view.consumers);
+    let subscriptions = subscriptions.zip(view.queues);
     let producers = counts.producers.into_iter().zip(view.unreachable);
     proto::CountsResponse {
         prepared: counts.prepared,
@@ -39,6 +49,13 @@ pub(in crate::api) fn counts(view: CountsView) -> proto::CountsResponse {
         unknown: counts.unknown,
         subscriptions: subscriptions.map(subscription).collect(),
         producers: producers.map(producer).collect(),
+        broker: Some(proto::BrokerCounts {
+            state: state as i32,
+            reason,
+            unreadable_answers: view.dropped_answers.unreadable,
+            unknown_answers: view.dropped_answers.unknown,
+            foreign_answers: view.dropped_answers.foreign,
+        }),
     }
 }
 

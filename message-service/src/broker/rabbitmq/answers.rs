@@ -1,0 +1,231 @@
+//! Answers come back over AMQP, so that they outlive the service: consumers put them into one
+//! queue, and every replica takes from it.
+//!
+//! A message of answers is acked when everything in it is durable. One that cannot be read is
+//! acked too, since it would never get better, and is counted.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::{FutureExt as _, StreamExt as _};
+use handfast_fail_points::{Point, hit};
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::types::FieldTable;
+use lapin::{Channel, Consumer};
+use tokio::time::{Instant, timeout};
+
+use super::RabbitMq;
+use super::error::Error;
+use super::link::{Opened, STEP};
+use super::{declare, wire};
+use crate::broker::AnswerSink;
+use crate::message::Answer;
+use crate::pass::Trouble;
+
+/// Messages of answers that are here without being durable.
+const PREFETCH: u16 = 100;
+/// Messages of answers that are written together.
+const TOGETHER: usize = 50;
+/// Answers in one write, as the port allows.
+const SLICE: usize = 500;
+/// The wait after answers could not be written.
+const RETRY: Duration = Duration::from_millis(200);
+/// One line per kind of incident in this time.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+/// The tag of our consumer, for people.
+const TAG: &str = "handfast-answers";
+
+/// What was wrong with answers, since the start.
+#[derive(Debug, Default)]
+pub(super) struct Incidents {
+    /// Messages, or single answers in them, that cannot be read.
+    unreadable: Incident,
+    /// For a subscription that nobody declared.
+    unknown: Incident,
+    /// By another AMQP user than the subscription's.
+    foreign: Incident,
+}
+
+#[derive(Debug, Default)]
+struct Incident {
+    count: AtomicU64,
+    logged: std::sync::Mutex<Option<Instant>>,
+}
+
+impl Incident {
+    fn happened(&self, times: u64, what: &str) {
+        let count = self.count.fetch_add(times, Ordering::Relaxed) + times;
+        let mut logged = self
+            .logged
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if logged.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
+            *logged = Some(Instant::now());
+            tracing::warn!(count, "{count} answers so far were of no use: {what}");
+        }
+    }
+}
+
+impl Incidents {
+    /// Unreadable, unknown, foreign.
+    pub(super) fn counts(&self) -> [u64; 3] {
+        [&self.unreadable, &self.unknown, &self.foreign]
+            .map(|incident| incident.count.load(Ordering::Relaxed))
+    }
+}
+
+/// Takes answers until the broker stops.
+pub(super) async fn run(rabbit: Arc<RabbitMq>, sink: Arc<dyn AnswerSink>) {
+    let mut trouble = Trouble::new("taking answers");
+    let mut ours = rabbit.ours.subscribe();
+    tokio::select! {
+        () = rabbit.stopping.cancelled() => return,
+        // It ends with the broker, which holds the sender.
+        _ = ours.wait_for(|ours| *ours) => {}
+    }
+    loop {
+        let opened = tokio::select! {
+            () = rabbit.stopping.cancelled() => return,
+            opened = rabbit.consuming.ready() => opened,
+        };
+        let taken = take(&rabbit, sink.as_ref(), &opened).await;
+        if rabbit.stopping.is_cancelled() {
+            return;
+        }
+        trouble.note(taken);
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Takes answers on one channel until it is over.
+async fn take(rabbit: &RabbitMq, sink: &dyn AnswerSink, opened: &Arc<Opened>) -> Result<(), Error> {
+    let queue = rabbit.names.acknowledge();
+    declare::acknowledge(opened, &queue).await?;
+    let channel = opened.channel().await?;
+    let mut consumer = consume(&channel, &queue).await?;
+    loop {
+        let first = tokio::select! {
+            first = consumer.next() => first,
+            () = rabbit.stopping.cancelled() => {
+                let cancelled = channel.basic_cancel(TAG.into(), BasicCancelOptions::default());
+                // What is left on the channel goes back to the queue when it closes.
+                let _ = timeout(STEP, cancelled).await;
+                return Ok(());
+            }
+            () = opened.gone() => return Ok(()),
+        };
+        let Some(first) = first else {
+            return Ok(());
+        };
+        let mut messages = vec![first?];
+        while messages.len() < TOGETHER {
+            match consumer.next().now_or_never() {
+                Some(Some(Ok(message))) => messages.push(message),
+                Some(Some(Err(error))) => return Err(error.into()),
+                Some(None) | None => break,
+            }
+        }
+        if !write(rabbit, sink, &messages).await {
+            return Ok(());
+        }
+        hit(Point::ANSWERS_RECORDED);
+        // Everything up to the last one is durable, because they are taken in order.
+        if let Some(last) = messages.last() {
+            let up_to = BasicAckOptions { multiple: true };
+            channel.basic_ack(last.delivery_tag, up_to).await?;
+        }
+    }
+}
+
+async fn consume(channel: &Channel, queue: &str) -> Result<Consumer, Error> {
+    let begin = async {
+        channel
+            .basic_qos(PREFETCH, BasicQosOptions::default())
+            .await?;
+        channel
+            .basic_consume(
+                queue.into(),
+                TAG.into(),
+                BasicConsumeOptions::default(),
+                FieldTable::default(),
+            )
+            .await
+    };
+    match timeout(STEP, begin).await {
+        Ok(consumer) => Ok(consumer?),
+        Err(_) => Err(Error::timed_out("consume answers", STEP)),
+    }
+}
+
+/// Makes everything in these messages durable, however long the store is away. False if the
+/// broker stops first.
+async fn write(rabbit: &RabbitMq, sink: &dyn AnswerSink, messages: &[Delivery]) -> bool {
+    let mut by: BTreeMap<String, Vec<Answer>> = BTreeMap::new();
+    for message in messages {
+        if let Some((subscription, answers)) = read(rabbit, message) {
+            by.entry(subscription).or_default().extend(answers);
+        }
+    }
+    let mut trouble = Trouble::new("writing answers");
+    for (subscription, answers) in by {
+        for slice in answers.chunks(SLICE) {
+            loop {
+                let written = sink.acknowledge(&subscription, slice.to_vec()).await;
+                if trouble.note(written).is_some() {
+                    break;
+                }
+                tokio::select! {
+                    () = rabbit.stopping.cancelled() => return false,
+                    () = tokio::time::sleep(RETRY) => {}
+                }
+            }
+        }
+    }
+    true
+}
+
+/// What a message says, if it may say it.
+fn read(rabbit: &RabbitMq, message: &Delivery) -> Option<(String, Vec<Answer>)> {
+    let incidents = &rabbit.incidents;
+    let answers = match wire::answers(&message.data) {
+        Ok(answers) => answers,
+        Err(why) => {
+            incidents
+                .unreadable
+                .happened(1, &format!("the message cannot be read: {why}"));
+            return None;
+        }
+    };
+    let name = answers.subscription;
+    if answers.unreadable > 0 {
+        let what = format!("answers for `{}` cannot be read", name.escape_debug());
+        incidents.unreadable.happened(answers.unreadable, &what);
+    }
+    let number = answers.answers.len() as u64;
+    let topology = rabbit.topology.get();
+    let Some(subscription) = topology.subscriptions.get(&name) else {
+        // It may be newer than our copy of the topology, or removed while answers were on
+        // their way; the store knows. Only what cannot be a name is refused here.
+        if crate::message::limits::name("subscription", &name).is_err() {
+            incidents
+                .unknown
+                .happened(number, "the subscription has no possible name");
+            return None;
+        }
+        let what = format!("there is no subscription `{name}`");
+        incidents.unknown.happened(number, &what);
+        return Some((name, answers.answers));
+    };
+    let user = message.properties.user_id().as_ref();
+    if let Some(wanted) = &subscription.amqp_user
+        && user.map(|user| user.as_str()) != Some(wanted.as_str())
+    {
+        let what = format!("only AMQP user `{wanted}` may answer for {name}");
+        incidents.foreign.happened(number, &what);
+        return None;
+    }
+    Some((name, answers.answers))
+}

@@ -1,0 +1,401 @@
+//! A batch with its leases: from the claim to what the store is told about it.
+//!
+//! A flight runs in a task of its own, because one queue that does not confirm must not hold up
+//! the others: whoever started it waits for a moment and then goes on with another channel,
+//! while the flight waits on alone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use handfast_fail_points::{Point, hit};
+use lapin::Channel;
+use lapin::options::ConfirmSelectOptions;
+use tokio::time::timeout;
+
+use super::RabbitMq;
+use super::error::Error;
+use super::link::{Link, Opened, STEP};
+use super::publish::{Batch, Fate, Outgoing, Progress};
+use super::queues::{Health, Queues};
+use super::wire;
+use crate::store::{DeliveryClaim, NotSent, Sent, Unsent};
+
+/// How long nothing may happen before it is looked at why.
+pub(super) const PATIENCE: Duration = Duration::from_millis(500);
+/// The wait before what a queue refused is due again. Its queue is on probation meanwhile and
+/// is tried with single messages, so this is no poll.
+const REFUSED_WAIT: Duration = Duration::from_secs(1);
+/// How often a return is tried before it is left to its lease.
+const RETURN_TRIES: u32 = 3;
+
+/// A claimed delivery.
+pub(super) struct Loaded {
+    pub(super) subscription: String,
+    pub(super) claim: DeliveryClaim,
+    /// Monotonic time at which the claim was asked for; its lease is at least that old.
+    pub(super) claimed_at: Duration,
+}
+
+/// What is kept of a delivery while it is under way.
+struct Ticket {
+    subscription: String,
+    sent: Sent,
+    leased_at: Duration,
+}
+
+/// How a flight ended.
+pub(super) struct Landed {
+    /// The channel, if it can carry another batch.
+    pub(super) carrier: Option<Carrier>,
+    /// Why something of it is not in its queue, though it is no suspect.
+    pub(super) trouble: Option<String>,
+}
+
+/// A channel in confirm mode that carries one batch at a time.
+pub(super) struct Carrier {
+    channel: Channel,
+    opened: Arc<Opened>,
+}
+
+impl Carrier {
+    pub(super) async fn open(opened: Arc<Opened>) -> Result<Self, Error> {
+        let channel = opened.channel().await?;
+        match timeout(
+            STEP,
+            channel.confirm_select(ConfirmSelectOptions::default()),
+        )
+        .await
+        {
+            Ok(done) => done?,
+            Err(_) => return Err(Error::timed_out("ask for publisher confirms", STEP)),
+        }
+        Ok(Self { channel, opened })
+    }
+
+    pub(super) fn is_usable(&self) -> bool {
+        self.channel.status().connected() && self.opened.is_connected()
+    }
+}
+
+/// What others know of a flight.
+#[derive(Clone)]
+pub(super) struct Tag {
+    number: u64,
+    subscriptions: Vec<String>,
+    landed: Arc<AtomicBool>,
+}
+
+impl Tag {
+    /// Sends nothing more to the queues of this flight until it has landed.
+    pub(super) fn leave_alone(&self, queues: &Queues) {
+        let open = |health: &Health| *health == Health::Open;
+        for subscription in &self.subscriptions {
+            queues.turn(subscription, open, Health::Slow(self.number));
+        }
+        // It may have landed in between, and then nobody else would open them again.
+        if self.landed.load(Ordering::SeqCst) {
+            self.open_again(queues);
+        }
+    }
+
+    fn open_again(&self, queues: &Queues) {
+        let slow = |health: &Health| *health == Health::Slow(self.number);
+        for subscription in &self.subscriptions {
+            queues.turn(subscription, slow, Health::Open);
+        }
+    }
+}
+
+/// A batch under way.
+pub(super) struct Flight {
+    rabbit: Arc<RabbitMq>,
+    link: Arc<Link>,
+    tag: Tag,
+    tickets: Vec<Ticket>,
+    batch: Batch,
+    carrier: Carrier,
+}
+
+impl Flight {
+    /// Takes off with what has enough of its lease left. The rest is given back.
+    pub(super) async fn start(
+        rabbit: &Arc<RabbitMq>,
+        link: &Arc<Link>,
+        carrier: Carrier,
+        loaded: Vec<Loaded>,
+    ) -> Self {
+        let (good, late) = rabbit.split_by_lease(loaded);
+        rabbit.give_back(late).await;
+        let mut tickets = Vec::with_capacity(good.len());
+        let mut outgoing = Vec::with_capacity(good.len());
+        for loaded in good {
+            let claim = loaded.claim;
+            tickets.push(Ticket {
+                sent: Sent {
+                    id: claim.id,
+                    token: claim.token,
+                },
+                leased_at: loaded.claimed_at,
+                subscription: loaded.subscription,
+            });
+            let name = &tickets[tickets.len() - 1].subscription;
+            outgoing.push(Outgoing {
+                queue: rabbit.names.queue(name),
+                properties: wire::properties(name, &claim),
+                payload: claim.payload,
+            });
+        }
+        let mut subscriptions: Vec<String> = tickets
+            .iter()
+            .map(|ticket| ticket.subscription.clone())
+            .collect();
+        subscriptions.sort_unstable();
+        subscriptions.dedup();
+        Self {
+            tag: Tag {
+                number: rabbit.next_flight(),
+                subscriptions,
+                landed: Arc::default(),
+            },
+            rabbit: Arc::clone(rabbit),
+            link: Arc::clone(link),
+            batch: Batch::start(&carrier.channel, outgoing),
+            tickets,
+            carrier,
+        }
+    }
+
+    pub(super) fn tag(&self) -> Tag {
+        self.tag.clone()
+    }
+
+    /// Waits for every confirm and tells the store.
+    pub(super) async fn land(mut self) -> Landed {
+        let limit = self.rabbit.settings.publisher_confirm;
+        let mut waited = Duration::ZERO;
+        let mut early = false;
+        let why = loop {
+            match self.batch.progress(PATIENCE).await {
+                Progress::Complete => break String::new(),
+                Progress::Quiet => {}
+            }
+            if self.link.is_blocked() {
+                // RabbitMQ has not even read it. Nothing times out; the leases are kept.
+                self.renew().await;
+                continue;
+            }
+            waited += PATIENCE;
+            if !early {
+                early = true;
+                self.settle_what_is_sent();
+            }
+            if waited >= limit {
+                break format!("no publisher confirm within {} s", limit.as_secs_f64());
+            }
+        };
+        hit(Point::RELAY_CONFIRMED);
+        let Self {
+            rabbit,
+            tag,
+            tickets,
+            batch,
+            carrier,
+            ..
+        } = self;
+        let fates = batch.fates(&why);
+        let timed_out = !why.is_empty();
+        if timed_out {
+            // Closed, so that what it still holds cannot be sent after it was given back.
+            let closed = timeout(STEP, carrier.channel.close(200, "timed out".into())).await;
+            if closed.is_err() {
+                carrier.opened.give_up();
+            }
+        }
+        let alive = carrier.opened.is_connected();
+        let trouble = rabbit
+            .landed(&tag, tickets_and(tickets, fates), alive)
+            .await;
+        Landed {
+            carrier: (!timed_out && carrier.is_usable()).then_some(carrier),
+            trouble,
+        }
+    }
+
+    /// Those that are confirmed need not wait for those that are not.
+    fn settle_what_is_sent(&mut self) {
+        let mut sent: BTreeMap<String, Vec<Sent>> = BTreeMap::new();
+        for index in self.batch.sent_so_far() {
+            let ticket = &self.tickets[index];
+            sent.entry(ticket.subscription.clone())
+                .or_default()
+                .push(ticket.sent);
+        }
+        for (subscription, sent) in sent {
+            self.rabbit.unmarked.add(&subscription, sent);
+        }
+    }
+
+    async fn renew(&mut self) {
+        let now = self.rabbit.clock.monotonic();
+        let lease = self.rabbit.settings.lease;
+        let mut old: BTreeMap<String, Vec<Sent>> = BTreeMap::new();
+        for ticket in &mut self.tickets {
+            if now.saturating_sub(ticket.leased_at) >= lease / 3 {
+                ticket.leased_at = now;
+                old.entry(ticket.subscription.clone())
+                    .or_default()
+                    .push(ticket.sent);
+            }
+        }
+        for (subscription, sent) in old {
+            // If the store is away, the lease ends, and what is sent twice is absorbed.
+            let _ = self.rabbit.store.renew(&subscription, sent, lease).await;
+        }
+    }
+}
+
+fn tickets_and(tickets: Vec<Ticket>, fates: Vec<Fate>) -> BTreeMap<String, Vec<(Sent, Fate)>> {
+    let mut by: BTreeMap<String, Vec<(Sent, Fate)>> = BTreeMap::new();
+    for (ticket, fate) in tickets.into_iter().zip(fates) {
+        by.entry(ticket.subscription)
+            .or_default()
+            .push((ticket.sent, fate));
+    }
+    by
+}
+
+impl RabbitMq {
+    /// Those whose lease lasts long enough to be sent, and the others.
+    fn split_by_lease(&self, loaded: Vec<Loaded>) -> (Vec<Loaded>, Vec<Loaded>) {
+        let now = self.clock.monotonic();
+        let half = self.settings.lease / 2;
+        loaded
+            .into_iter()
+            .partition(|loaded| now.saturating_sub(loaded.claimed_at) <= half)
+    }
+
+    /// Gives back what was claimed and not tried.
+    pub(super) async fn give_back(&self, loaded: Vec<Loaded>) {
+        let mut by: BTreeMap<String, Vec<Unsent>> = BTreeMap::new();
+        for Loaded {
+            subscription,
+            claim,
+            ..
+        } in loaded
+        {
+            by.entry(subscription).or_default().push(Unsent {
+                id: claim.id,
+                token: claim.token,
+                why: NotSent::Untried,
+            });
+        }
+        for (subscription, unsent) in by {
+            self.queues.landed(&subscription, unsent.len() as u64, 0);
+            self.return_unsent(&subscription, unsent).await;
+        }
+    }
+
+    /// Writes down what became of a flight. `alive` is false if the connection is the trouble,
+    /// which is then no queue's fault. Says why something is not in its queue.
+    async fn landed(
+        self: &Arc<Self>,
+        tag: &Tag,
+        fates: BTreeMap<String, Vec<(Sent, Fate)>>,
+        alive: bool,
+    ) -> Option<String> {
+        let mut first_trouble = None;
+        tag.landed.store(true, Ordering::SeqCst);
+        for (subscription, fates) in fates {
+            let all = fates.len() as u64;
+            let mut sent = Vec::new();
+            let mut unsent = Vec::new();
+            let mut trouble = None;
+            for (ticket, fate) in fates {
+                let why = match fate {
+                    Fate::Sent => {
+                        sent.push(ticket);
+                        continue;
+                    }
+                    Fate::Untried => {
+                        first_trouble.get_or_insert_with(|| "it was not tried".to_owned());
+                        NotSent::Untried
+                    }
+                    Fate::Suspect(reason) => NotSent::Suspect { reason },
+                    Fate::Unknown(reason) if !alive => {
+                        first_trouble.get_or_insert(reason);
+                        NotSent::Untried
+                    }
+                    Fate::Returned(said) => refused(
+                        &mut trouble,
+                        format!("its queue is missing; RabbitMQ returned it: {said}"),
+                    ),
+                    Fate::Nacked => refused(
+                        &mut trouble,
+                        "its queue is full or failing; RabbitMQ rejected it".to_owned(),
+                    ),
+                    Fate::Unknown(reason) => refused(&mut trouble, reason),
+                };
+                unsent.push(Unsent {
+                    id: ticket.id,
+                    token: ticket.token,
+                    why,
+                });
+            }
+            self.queues.landed(&subscription, all, sent.len() as u64);
+            self.unmarked.add(&subscription, sent);
+            let is_ours = |health: &Health| match health {
+                Health::Open => true,
+                Health::Slow(number) => *number == tag.number,
+                Health::Undeclared(_) | Health::Probation(_) => false,
+            };
+            if let Some(reason) = trouble {
+                first_trouble.get_or_insert_with(|| reason.clone());
+                let probation = Health::Probation(reason.clone());
+                if self.queues.turn(&subscription, is_ours, probation) {
+                    self.on_probation(&subscription, &reason);
+                }
+            }
+            if unsent
+                .iter()
+                .any(|unsent| matches!(unsent.why, NotSent::Suspect { .. }))
+            {
+                tracing::warn!(
+                    subscription,
+                    "RabbitMQ closed a channel over messages for {subscription}; each of them is \
+                     sent alone now"
+                );
+                self.queues.alone_waits(&subscription);
+            }
+            self.return_unsent(&subscription, unsent).await;
+        }
+        tag.open_again(&self.queues);
+        first_trouble
+    }
+
+    async fn return_unsent(&self, subscription: &str, unsent: Vec<Unsent>) {
+        if unsent.is_empty() {
+            return;
+        }
+        for _ in 0..RETURN_TRIES {
+            let returned = self.store.return_unsent(subscription, unsent.clone()).await;
+            match returned {
+                Ok(_) => return,
+                Err(error) => {
+                    tracing::debug!(subscription, %error, "cannot give leases back: {error}");
+                    tokio::time::sleep(PATIENCE).await;
+                }
+            }
+        }
+        // Their leases end by themselves.
+    }
+}
+
+fn refused(trouble: &mut Option<String>, reason: String) -> NotSent {
+    trouble.get_or_insert_with(|| reason.clone());
+    NotSent::Refused {
+        reason,
+        retry_after: REFUSED_WAIT,
+    }
+}

@@ -1,0 +1,466 @@
+//! What is known of each subscription's queue: whether it may be sent to, and how much fits.
+//!
+//! All of it is memory that a restart may lose. What decides is in the store.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::topology::Topology;
+
+/// How many messages may wait in a queue, if its subscription does not say.
+const LEAST_IN_QUEUE: u64 = 10_000;
+/// A queue may hold what its subscription answers in this time, if that is more.
+const SECONDS_IN_QUEUE: f64 = 5.0;
+/// How much a new second weighs in the recent answer rate.
+const WEIGHT: f64 = 0.3;
+/// How long a queue must have been seen empty before what was sent to it is looked for: by
+/// then answers that were on their way are here.
+const EMPTY_FOR: Duration = Duration::from_secs(3);
+/// RabbitMQ takes back what a consumer has not acked for this long (its `consumer_timeout`,
+/// 30 min), with a margin: nobody can hold a message unseen any longer.
+const CONSUMER_HOLDS: Duration = Duration::from_secs(35 * 60);
+
+/// Which of the two lanes of the healthy queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// What was confirmed within the last minute.
+    Fresh,
+    /// Everything that is due.
+    Drain,
+}
+
+/// Whether a queue may be sent to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Health {
+    /// It is not known to exist yet, for this reason.
+    Undeclared(String),
+    /// It may.
+    Open,
+    /// A flight waits for its confirm; nothing else is sent until that is over.
+    Slow(u64),
+    /// It did not take what it was sent; it is tried with single messages.
+    Probation(String),
+}
+
+#[derive(Debug)]
+struct Queue {
+    topic: String,
+    max_in_queue: Option<u64>,
+    health: Health,
+    /// Messages that wait in RabbitMQ, as last seen.
+    waiting: u64,
+    /// Messages that went there since.
+    sent_since: u64,
+    /// Messages on their way.
+    in_flight: u64,
+    consumers: u32,
+    /// When it was last looked at.
+    seen_at: Duration,
+    /// Since when every look found it empty.
+    empty_since: Option<Duration>,
+    /// Answers since the last look.
+    answered: u64,
+    /// Answers per second.
+    rate: f64,
+    /// Something may be due, for each lane.
+    due: [bool; 2],
+    /// Something may be due that has to be sent alone.
+    alone: bool,
+}
+
+impl Queue {
+    fn limit(&self) -> u64 {
+        self.max_in_queue.unwrap_or_else(|| {
+            // A rate is far below what a float cannot hold.
+            ((self.rate * SECONDS_IN_QUEUE) as u64).max(LEAST_IN_QUEUE)
+        })
+    }
+
+    fn room(&self) -> u64 {
+        self.limit()
+            .saturating_sub(self.waiting + self.sent_since + self.in_flight)
+    }
+}
+
+/// What a look at a queue found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Seen {
+    /// Messages that wait, without those that consumers hold.
+    pub(super) waiting: u64,
+    pub(super) consumers: u32,
+}
+
+/// What people are shown of a queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Shown {
+    pub(super) consumers: u32,
+    pub(super) waiting: u64,
+    /// Why nothing is sent to it; empty if something is.
+    pub(super) trouble: String,
+}
+
+/// The queues of the topology in force.
+#[derive(Debug, Default)]
+pub(super) struct Queues {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queues: BTreeMap<String, Queue>,
+    /// Who was served last, per lane; the next in order comes first.
+    last: [String; 2],
+}
+
+impl Queues {
+    /// Follows the topology, and returns the names that are gone.
+    pub(super) fn follow(&self, topology: &Topology) -> Vec<String> {
+        let mut state = self.lock();
+        let gone: Vec<String> = state
+            .queues
+            .keys()
+            .filter(|name| !topology.subscriptions.contains_key(*name))
+            .cloned()
+            .collect();
+        state
+            .queues
+            .retain(|name, _| topology.subscriptions.contains_key(name));
+        for (name, subscription) in &topology.subscriptions {
+            let queue = state.queues.entry(name.clone()).or_insert_with(|| Queue {
+                topic: String::new(),
+                max_in_queue: None,
+                health: Health::Undeclared("not declared yet".to_owned()),
+                waiting: 0,
+                sent_since: 0,
+                in_flight: 0,
+                consumers: 0,
+                seen_at: Duration::ZERO,
+                empty_since: None,
+                answered: 0,
+                rate: 0.0,
+                due: [true; 2],
+                alone: true,
+            });
+            queue.topic.clone_from(&subscription.topic);
+            queue.max_in_queue = subscription.max_in_queue;
+        }
+        gone
+    }
+
+    /// Deliveries on these topics became due.
+    pub(super) fn signal(&self, topics: &BTreeSet<String>) {
+        for queue in self.lock().queues.values_mut() {
+            if topics.contains(&queue.topic) {
+                queue.due = [true; 2];
+            }
+        }
+    }
+
+    /// Everything is looked at again: signals are only latency.
+    pub(super) fn look_again(&self) {
+        for queue in self.lock().queues.values_mut() {
+            queue.due = [true; 2];
+            queue.alone = true;
+        }
+    }
+
+    /// Whom this lane may claim for, in turn. Taking the turn clears the mark; [`Self::more`]
+    /// sets it again.
+    pub(super) fn turns(&self, pace: Pace) -> Vec<String> {
+        let mut state = self.lock();
+        let State { queues, last } = &mut *state;
+        let last = &last[pace as usize];
+        let mut turns: Vec<String> = Vec::new();
+        let mut before = 0;
+        for (name, queue) in queues.iter_mut() {
+            if queue.health == Health::Open && queue.due[pace as usize] && queue.room() > 0 {
+                queue.due[pace as usize] = false;
+                turns.push(name.clone());
+                before += usize::from(name <= last);
+            }
+        }
+        turns.rotate_left(before);
+        turns
+    }
+
+    /// The turn ended here.
+    pub(super) fn served(&self, pace: Pace, name: &str) {
+        name.clone_into(&mut self.lock().last[pace as usize]);
+    }
+
+    /// There is more to claim than was taken.
+    pub(super) fn more(&self, pace: Pace, name: &str) {
+        if let Some(queue) = self.lock().queues.get_mut(name) {
+            queue.due[pace as usize] = true;
+        }
+    }
+
+    /// Something has to be sent alone.
+    pub(super) fn alone_waits(&self, name: &str) {
+        if let Some(queue) = self.lock().queues.get_mut(name) {
+            queue.alone = true;
+        }
+    }
+
+    /// Whose single messages are to be looked for; the mark is cleared.
+    pub(super) fn alone(&self) -> Vec<String> {
+        let mut state = self.lock();
+        let mut names = Vec::new();
+        for (name, queue) in &mut state.queues {
+            if queue.health == Health::Open && queue.room() > 0 && queue.alone {
+                queue.alone = false;
+                names.push(name.clone());
+            }
+        }
+        names
+    }
+
+    /// Takes room for at most this many messages, before they are claimed: two lanes must not
+    /// fill the same room. It is given back by [`Self::landed`].
+    pub(super) fn reserve(&self, name: &str, most: usize) -> usize {
+        let mut state = self.lock();
+        let Some(queue) = state.queues.get_mut(name) else {
+            return 0;
+        };
+        let granted = queue.room().min(most as u64);
+        queue.in_flight += granted;
+        usize::try_from(granted).unwrap_or(most)
+    }
+
+    /// Messages are not on their way any more; `sent` of them are in the queue.
+    pub(super) fn landed(&self, name: &str, messages: u64, sent: u64) {
+        if let Some(queue) = self.lock().queues.get_mut(name) {
+            queue.in_flight = queue.in_flight.saturating_sub(messages);
+            queue.sent_since += sent;
+            if sent > 0 {
+                queue.empty_since = None;
+            }
+        }
+    }
+
+    /// Answers were written.
+    pub(super) fn answered(&self, name: &str, answers: usize) {
+        if let Some(queue) = self.lock().queues.get_mut(name) {
+            queue.answered += answers as u64;
+        }
+    }
+
+    /// What a look found.
+    pub(super) fn seen(&self, name: &str, seen: Seen, now: Duration) {
+        if let Some(queue) = self.lock().queues.get_mut(name) {
+            queue.waiting = seen.waiting;
+            queue.sent_since = 0;
+            queue.consumers = seen.consumers;
+            queue.seen_at = now;
+            queue.empty_since = match seen.waiting {
+                0 if queue.in_flight == 0 => queue.empty_since.or(Some(now)),
+                _ => None,
+            };
+        }
+    }
+
+    /// A second is over: the rate of answers is brought up to date.
+    pub(super) fn tick(&self) {
+        for queue in self.lock().queues.values_mut() {
+            let answered = std::mem::take(&mut queue.answered) as f64;
+            queue.rate += WEIGHT * (answered - queue.rate);
+        }
+    }
+
+    /// The names of all queues whose health is so.
+    pub(super) fn which(&self, so: impl Fn(&Health) -> bool) -> Vec<String> {
+        let state = self.lock();
+        let which = state.queues.iter().filter(|(_, queue)| so(&queue.health));
+        which.map(|(name, _)| name.clone()).collect()
+    }
+
+    pub(super) fn is_open(&self, name: &str) -> bool {
+        let state = self.lock();
+        let queue = state.queues.get(name);
+        queue.is_some_and(|queue| queue.health == Health::Open)
+    }
+
+    /// Changes the health of a queue if `from` says so. True if it did.
+    pub(super) fn turn(&self, name: &str, from: impl Fn(&Health) -> bool, to: Health) -> bool {
+        let mut state = self.lock();
+        let Some(queue) = state.queues.get_mut(name) else {
+            return false;
+        };
+        if !from(&queue.health) {
+            return false;
+        }
+        if to == Health::Open {
+            queue.due = [true; 2];
+            queue.alone = true;
+        }
+        queue.health = to;
+        true
+    }
+
+    /// Whether a message that was sent this long ago is certainly not in the queue any more,
+    /// nor with a consumer, nor its answer on the way.
+    pub(super) fn does_not_hold(&self, name: &str, sent_ago: Duration, now: Duration) -> bool {
+        let state = self.lock();
+        let Some(queue) = state.queues.get(name) else {
+            return false;
+        };
+        // A queue without a leader looks empty too; it does not confirm what it is sent, and so
+        // is not open.
+        let looked = queue.health == Health::Open && now.saturating_sub(queue.seen_at) < EMPTY_FOR;
+        let empty = queue
+            .empty_since
+            .is_some_and(|since| now.saturating_sub(since) >= EMPTY_FOR);
+        // A look does not see what consumers hold.
+        looked && empty && (queue.consumers == 0 || sent_ago >= CONSUMER_HOLDS)
+    }
+
+    pub(super) fn consumers(&self, name: &str) -> Option<u32> {
+        self.lock().queues.get(name).map(|queue| queue.consumers)
+    }
+
+    pub(super) fn show(&self, name: &str) -> Option<Shown> {
+        self.lock().queues.get(name).map(|queue| Shown {
+            consumers: queue.consumers,
+            waiting: queue.waiting,
+            trouble: match &queue.health {
+                Health::Open => String::new(),
+                Health::Undeclared(why) | Health::Probation(why) => why.clone(),
+                Health::Slow(_) => "waits for its publisher confirm".to_owned(),
+            },
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held leaves counters, which the next look replaces.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::DeliveryPolicy;
+    use crate::topology::Subscription;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn queues(names: &[&str]) -> Queues {
+        let queues = Queues::default();
+        queues.follow(&topology(names));
+        for name in names {
+            queues.turn(name, |_| true, Health::Open);
+        }
+        queues
+    }
+
+    fn topology(names: &[&str]) -> Topology {
+        let subscription = |max_in_queue| Subscription {
+            topic: "payment.completed".into(),
+            policy: DeliveryPolicy::default(),
+            max_in_queue,
+            amqp_user: None,
+        };
+        let named = |name: &&str| {
+            (
+                (*name).to_owned(),
+                subscription((*name == "b").then_some(7)),
+            )
+        };
+        Topology {
+            version: 1,
+            producers: BTreeMap::new(),
+            topics: BTreeMap::new(),
+            subscriptions: names.iter().map(named).collect(),
+        }
+    }
+
+    #[test]
+    fn turns_go_round() {
+        let queues = queues(&["a", "b", "c"]);
+        assert_eq!(queues.turns(Pace::Fresh), ["a", "b", "c"]);
+        queues.served(Pace::Fresh, "a");
+        queues.look_again();
+        assert_eq!(queues.turns(Pace::Fresh), ["b", "c", "a"]);
+        assert_eq!(queues.turns(Pace::Drain), ["a", "b", "c"]);
+        assert!(
+            queues.turns(Pace::Fresh).is_empty(),
+            "until something is due"
+        );
+        queues.more(Pace::Fresh, "c");
+        assert_eq!(queues.turns(Pace::Fresh), ["c"]);
+    }
+
+    #[test]
+    fn a_queue_holds_no_more_than_its_limit() {
+        let queues = queues(&["a", "b"]);
+        assert_eq!(queues.reserve("a", 20_000), 10_000);
+        assert_eq!(queues.reserve("b", 3), 3);
+        assert_eq!(queues.reserve("b", 20), 4);
+        assert_eq!(queues.reserve("b", 20), 0);
+        queues.landed("b", 3, 3);
+        queues.landed("b", 4, 0);
+        assert_eq!(queues.reserve("b", 20), 4, "three are in the queue");
+        queues.landed("b", 4, 0);
+        let seen = |waiting| Seen {
+            waiting,
+            consumers: 1,
+        };
+        queues.seen("b", seen(2), SECOND);
+        assert_eq!(queues.reserve("b", 20), 5);
+        queues.landed("b", 5, 0);
+        queues.seen("b", seen(7), SECOND);
+        queues.look_again();
+        assert_eq!(
+            queues.turns(Pace::Drain),
+            Vec::<String>::new(),
+            "both are full"
+        );
+    }
+
+    #[test]
+    fn a_quick_subscription_may_have_more_in_its_queue() {
+        let queues = queues(&["a"]);
+        for _ in 0..50 {
+            queues.answered("a", 10_000);
+            queues.tick();
+        }
+        let room = queues.reserve("a", 100_000);
+        assert!((49_000..=50_000).contains(&room), "{room}");
+    }
+
+    #[test]
+    fn what_is_not_open_gets_no_turn_and_says_why() {
+        let queues = queues(&["a", "b"]);
+        queues.turn("a", |_| true, Health::Probation("full".into()));
+        assert_eq!(queues.turns(Pace::Fresh), ["b"]);
+        assert_eq!(queues.show("a").unwrap().trouble, "full");
+        assert_eq!(queues.show("b").unwrap().trouble, "");
+        assert!(!queues.turn("a", |health| *health == Health::Open, Health::Slow(1)));
+    }
+
+    #[test]
+    fn a_message_is_gone_only_if_nobody_can_hold_it() {
+        let queues = queues(&["a"]);
+        let seen = |waiting, consumers| Seen { waiting, consumers };
+        let gone = |ago, now| queues.does_not_hold("a", ago, now);
+        assert!(!gone(SECOND, SECOND), "never looked");
+        queues.seen("a", seen(0, 0), SECOND);
+        assert!(!gone(60 * SECOND, 2 * SECOND), "not empty for long");
+        assert!(!gone(60 * SECOND, 9 * SECOND), "not looked at lately");
+        queues.seen("a", seen(0, 0), 8 * SECOND);
+        assert!(gone(60 * SECOND, 9 * SECOND));
+        queues.seen("a", seen(0, 1), 9 * SECOND);
+        assert!(!gone(60 * SECOND, 10 * SECOND), "a consumer may hold it");
+        assert!(gone(CONSUMER_HOLDS, 10 * SECOND));
+        queues.seen("a", seen(1, 0), 10 * SECOND);
+        assert!(!gone(CONSUMER_HOLDS, 20 * SECOND));
+    }
+
+    #[test]
+    fn a_removed_subscription_is_named_once() {
+        let queues = queues(&["a", "b"]);
+        assert_eq!(queues.follow(&topology(&["a"])), ["b"]);
+        assert!(queues.follow(&topology(&["a"])).is_empty());
+    }
+}
