@@ -136,7 +136,9 @@ points! {
     CONSUMER_BEFORE_COMMIT = "consumer.effect.before-commit";
     /// The effect is durable, Handfast was not told.
     CONSUMER_AFTER_COMMIT = "consumer.effect.after-commit";
-    /// Handfast has recorded the answers.
+    /// RabbitMQ has confirmed the answers, their deliveries are not acked.
+    CONSUMER_PUBLISHED = "consumer.answer.published";
+    /// Handfast has recorded the answers, or RabbitMQ has and their deliveries are acked.
     CONSUMER_ANSWERED = "consumer.answer.recorded";
 }
 

@@ -8,18 +8,25 @@ use rand::{Rng as _, SeedableRng as _};
 const FIRST: Duration = Duration::from_millis(100);
 const LAST: Duration = Duration::from_secs(5);
 
-/// Doubles from 100 ms to 5 s. Jitter takes off up to half, so that many consumers do not
-/// come back at the same moment.
+/// Doubles from 100 ms to 5 s unless told otherwise. Jitter takes off up to half, so that many
+/// consumers do not come back at the same moment.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     step: Duration,
+    last: Duration,
     chance: StdRng,
 }
 
 impl Backoff {
     pub(crate) fn new() -> Self {
+        Self::up_to(LAST)
+    }
+
+    /// Doubles from 100 ms to `last`.
+    pub(crate) fn up_to(last: Duration) -> Self {
         Self {
             step: FIRST,
+            last,
             chance: StdRng::from_os_rng(),
         }
     }
@@ -30,7 +37,7 @@ impl Backoff {
 
     pub(crate) fn next(&mut self) -> Duration {
         let wait = self.step.mul_f64(self.chance.random_range(0.5..=1.0));
-        self.step = (self.step * 2).min(LAST);
+        self.step = (self.step * 2).min(self.last);
         wait
     }
 }

@@ -25,11 +25,11 @@ pub struct Consumer {
 }
 
 impl Consumer {
-    /// Reads the source's address. An address that cannot be read is an error; a service that
-    /// is not there yet is not, it is waited for.
-    pub async fn connect(source: Source) -> Result<Self, Error> {
+    /// Reads the source's address. An address that cannot be read is an error; a service or
+    /// broker that is not there yet is not, it is waited for.
+    pub async fn connect(source: impl Into<Source>) -> Result<Self, Error> {
         Ok(Self {
-            opener: source.opener()?,
+            opener: source.into().opener()?,
         })
     }
 
@@ -110,6 +110,8 @@ impl<D: InboxDatabase> Subscriber<D> {
     }
 
     /// How many deliveries may be here without a recorded answer: 1 to 10,000, default 200.
+    /// RabbitMQ gives one consumer of a quorum queue at most 2,000, so a larger number shows
+    /// there as several consumers.
     #[must_use]
     pub fn prefetch(mut self, deliveries: u32) -> Self {
         self.options.prefetch = deliveries;
@@ -124,8 +126,9 @@ impl<D: InboxDatabase> Subscriber<D> {
         self
     }
 
-    /// How many transactions run at the same time: 1 to 1,000; with SQLite 1 unless set,
-    /// because it has one writer.
+    /// How many transactions run at the same time: 1 to 1,000. Unless set it is 4 with
+    /// PostgreSQL, whose pool should have a connection or two more than that, and 1 with
+    /// SQLite, which has one writer.
     #[must_use]
     pub fn concurrency(mut self, transactions: usize) -> Self {
         self.options.concurrency = transactions;
@@ -222,6 +225,14 @@ impl Options {
                 format!("{:?}", self.retention),
                 "at least 2 days",
             );
+        }
+        let subscription = &self.subscription;
+        if subscription.is_empty() || subscription.len() > 100 {
+            return wrong("subscription", subscription.clone(), "1 to 100 bytes");
+        }
+        // Consuming one of these would eat answers.
+        if ["acknowledge", "mark"].contains(&subscription.as_str()) {
+            return wrong("subscription", subscription.clone(), "another name");
         }
         if self.consumer.is_empty() || self.consumer.len() > 100 {
             return wrong("name", self.consumer.clone(), "1 to 100 bytes");

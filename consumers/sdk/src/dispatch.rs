@@ -169,6 +169,7 @@ async fn consume<D: InboxDatabase, H: BatchHandler<D>>(
     drop(receiver);
     report.no_such_delivery = recorded.no_such_delivery.load(Ordering::Relaxed);
     report.refused = recorded.refused.load(Ordering::Relaxed);
+    report.unreadable = recorded.unreadable.load(Ordering::Relaxed);
     let settled =
         recorded.recorded.load(Ordering::Relaxed) + report.no_such_delivery + report.refused;
     report.unanswered = received.saturating_sub(settled);

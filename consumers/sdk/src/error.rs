@@ -4,9 +4,9 @@
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The address of the source cannot be read.
-    #[error("cannot read the service's address `{address}`: {reason}")]
+    #[error("cannot read the source's address `{address}`: {reason}")]
     Address {
-        /// As it was given.
+        /// As it was given, without a password.
         address: String,
         /// What is wrong with it.
         reason: String,

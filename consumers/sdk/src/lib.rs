@@ -113,7 +113,7 @@ pub use handler::{BatchHandler, Handler};
 pub use inbox::{InboxDatabase, Seen, Tx, migrate};
 pub use message::{Answer, Delivered};
 pub use report::Report;
-pub use source::{Source, handfast};
+pub use source::{RabbitMq, Source, handfast, rabbitmq};
 
 /// The guide's examples, so that they compile as long as the guide is true.
 #[cfg(doctest)]

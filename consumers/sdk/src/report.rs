@@ -20,6 +20,9 @@ pub struct Report {
     pub refused: u64,
     /// Answers that were not recorded when the drain deadline came; their deliveries return.
     pub unanswered: u64,
+    /// Deliveries that could not be read and were thrown away; the service sends a real one
+    /// again.
+    pub unreadable: u64,
     pub(crate) database_unavailable: Option<String>,
 }
 
@@ -33,5 +36,6 @@ impl Report {
         self.no_such_delivery += other.no_such_delivery;
         self.refused += other.refused;
         self.unanswered += other.unanswered;
+        self.unreadable += other.unreadable;
     }
 }

@@ -77,6 +77,7 @@ impl Service {
             recorded,
             stop: stop.clone(),
             held: 0,
+            done: Arc::clone(&done),
         };
         let recorder = record::Record {
             address: self.address,
@@ -93,41 +94,6 @@ impl Service {
             recorded: done,
             recorder: AbortOnDropHandle::new(tokio::spawn(recorder.run())),
             receiver: AbortOnDropHandle::new(tokio::spawn(receiver.run())),
-        }
-    }
-}
-
-/// Says that the service went away or came back, once each.
-struct Reachable {
-    what: &'static str,
-    address: String,
-    trouble: Option<tonic::Code>,
-}
-
-impl Reachable {
-    fn new(what: &'static str, address: &str) -> Self {
-        Self {
-            what,
-            address: address.to_owned(),
-            trouble: None,
-        }
-    }
-
-    fn no(&mut self, status: &tonic::Status) {
-        if self.trouble.replace(status.code()) != Some(status.code()) {
-            tracing::warn!(
-                address = self.address,
-                code = ?status.code(),
-                reason = status.message(),
-                "cannot {}; trying again",
-                self.what
-            );
-        }
-    }
-
-    fn yes(&mut self) {
-        if self.trouble.take().is_some() {
-            tracing::info!(address = self.address, "can {} again", self.what);
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Keeps a stream of deliveries open and gives credit for what is answered.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use handfast_proto::v1;
@@ -13,10 +15,11 @@ use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 use uuid::Uuid;
 
-use super::{CALL_TIMEOUT, Reachable};
+use super::CALL_TIMEOUT;
 use crate::backoff::Backoff;
 use crate::message::Delivered;
-use crate::source::Order;
+use crate::source::reachable::Reachable;
+use crate::source::{Order, Recorded};
 
 /// How long the service gets to end a stream on which nothing is open. Deliveries that were
 /// on their way meanwhile still arrive.
@@ -36,6 +39,7 @@ pub(super) struct Receive {
     pub(super) stop: CancellationToken,
     /// Deliveries, of this stream and of earlier ones, whose answer is not recorded.
     pub(super) held: u32,
+    pub(super) done: Arc<Recorded>,
 }
 
 struct Opened {
@@ -47,7 +51,7 @@ impl Receive {
     pub(super) async fn run(mut self) {
         let stop = self.stop.clone();
         let mut backoff = Backoff::new();
-        let mut reachable = Reachable::new("receive deliveries", &self.address);
+        let mut reachable = Reachable::new("receive deliveries");
         while !stop.is_cancelled() {
             let opened = tokio::select! {
                 // A stream that has opened may carry deliveries already.
@@ -57,7 +61,7 @@ impl Receive {
             };
             let trouble = match opened {
                 Ok(opened) => {
-                    reachable.yes();
+                    reachable.yes(&self.address);
                     let since = Instant::now();
                     let end = self.pump(opened).await;
                     if since.elapsed() >= GOOD {
@@ -68,7 +72,7 @@ impl Receive {
                 Err(status) => Some(status),
             };
             if let Some(status) = trouble {
-                reachable.no(&status);
+                reachable.no(&self.address, status.code(), status.message());
                 tokio::select! {
                     () = sleep(backoff.next()) => {}
                     () = stop.cancelled() => {}
@@ -162,6 +166,7 @@ impl Receive {
                 }
                 Err(reason) => {
                     unreadable += 1;
+                    self.done.unreadable.fetch_add(1, Ordering::Relaxed);
                     tracing::error!(reason, "dropped a delivery that cannot be read");
                 }
             }

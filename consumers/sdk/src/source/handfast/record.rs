@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use handfast_fail_points::{Point, hit};
 use handfast_proto::v1::deliveries_client::DeliveriesClient;
@@ -13,15 +12,11 @@ use tokio::time::sleep;
 use tonic::transport::Channel;
 use tonic::{Code, Request};
 
-use super::{CALL_TIMEOUT, Reachable};
+use super::CALL_TIMEOUT;
 use crate::backoff::Backoff;
 use crate::message::{Answer, Answered};
-use crate::source::Recorded;
-
-/// Where the service cuts a reason.
-const MAX_REASON_BYTES: usize = 1_000;
-/// The longest LATER that the service takes.
-const MAX_LATER: Duration = Duration::from_secs(7 * 24 * 3600);
+use crate::source::reachable::Reachable;
+use crate::source::{MAX_LATER, Recorded, cut};
 
 pub(super) struct Record {
     pub(super) address: String,
@@ -40,7 +35,7 @@ impl Record {
     pub(super) async fn run(mut self) {
         let mut waiting: VecDeque<v1::Answer> = VecDeque::new();
         let mut backoff = Backoff::new();
-        let mut reachable = Reachable::new("record answers", &self.address);
+        let mut reachable = Reachable::new("record answers");
         let mut max_items = MAX_ITEMS;
         loop {
             if waiting.is_empty() {
@@ -64,7 +59,7 @@ impl Record {
             request.set_timeout(CALL_TIMEOUT);
             match self.client.acknowledge(request).await {
                 Ok(response) => {
-                    reachable.yes();
+                    reachable.yes(&self.address);
                     let results = response.into_inner().results;
                     let settled = settle(&mut waiting, &results, items, &self.done);
                     if settled > 0 {
@@ -86,7 +81,7 @@ impl Record {
                     }
                     continue;
                 }
-                Err(status) => reachable.no(&status),
+                Err(status) => reachable.no(&self.address, status.code(), status.message()),
             }
             sleep(backoff.next()).await;
         }
@@ -141,13 +136,13 @@ impl From<Answered> for v1::Answer {
     fn from(answered: Answered) -> Self {
         let (kind, reason, later_ms) = match answered.answer {
             Answer::Consumed => (v1::AnswerKind::Consumed, String::new(), 0),
-            Answer::Failed(reason) => (v1::AnswerKind::Failed, cut(reason), 0),
+            Answer::Failed(reason) => (v1::AnswerKind::Failed, cut(&reason).to_owned(), 0),
             Answer::Later(after) => {
                 let after_ms = after.min(MAX_LATER).as_millis();
                 // At most 7 days, which fits.
                 (v1::AnswerKind::Later, String::new(), after_ms as i64)
             }
-            Answer::Rejected(reason) => (v1::AnswerKind::Rejected, cut(reason), 0),
+            Answer::Rejected(reason) => (v1::AnswerKind::Rejected, cut(&reason).to_owned(), 0),
         };
         Self {
             message_id: answered.message_id.as_bytes().to_vec(),
@@ -160,13 +155,10 @@ impl From<Answered> for v1::Answer {
     }
 }
 
-fn cut(mut reason: String) -> String {
-    reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
-    reason
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use uuid::Uuid;
 
     use super::*;
