@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use handfast_fail_points::{Point, hit};
 use sqlx::pool::PoolConnection;
-use sqlx::{Connection as _, Pool};
+use sqlx::{AssertSqlSafe, Connection as _, Pool};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
@@ -147,7 +147,9 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
         let mut ids: Vec<Uuid> = batch.iter().map(|message| message.message_id).collect();
         ids.sort_unstable();
         let begun = timeout_at(deadline, async {
-            let mut tx = connection.begin_with(D::BEGIN).await?;
+            // The statement is made of the program's own words and a number.
+            let begin = AssertSqlSafe(D::begin(self.limits.inbox_wait));
+            let mut tx = connection.begin_with(begin).await?;
             let seen = D::record(&mut tx, &self.subscription, &ids).await?;
             Ok::<_, sqlx::Error>((tx, seen))
         });
@@ -166,6 +168,14 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
         if answers.iter().any(|answer| *answer != Answer::Consumed) {
             let clean = matches!(timeout(ROLLBACK_WAIT, tx.rollback()).await, Ok(Ok(())));
             return (Outcome::Undone(answers), clean);
+        }
+        let refused = match D::refuses_commit(&mut tx).await {
+            Ok(refused) => refused,
+            Err(error) => return (Outcome::Unavailable(error.to_string()), false),
+        };
+        if let Some(reason) = refused {
+            let answers = vec![Answer::failed(reason); batch.len()];
+            return (Outcome::Undone(answers), false);
         }
         hit(Point::CONSUMER_BEFORE_COMMIT);
         match tx.commit().await {

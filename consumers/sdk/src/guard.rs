@@ -5,6 +5,7 @@
 //! message* was applied before: that is the inbox's word, and the guard is asked only for
 //! messages that are new.
 
+mod postgres;
 mod sqlite;
 
 use std::future::Future;
@@ -65,8 +66,10 @@ pub enum Key {
     Integer(i64),
     /// Text.
     Text(String),
-    /// Bytes, such as those of a UUID.
+    /// Bytes.
     Bytes(Vec<u8>),
+    /// A UUID: of that type in PostgreSQL, its 16 bytes in SQLite.
+    Uuid(Uuid),
 }
 
 /// Knows a table, its key and state columns, and the order of the states.
@@ -254,8 +257,7 @@ impl From<&[u8]> for Key {
 }
 
 impl From<Uuid> for Key {
-    /// The 16 bytes of the UUID.
     fn from(key: Uuid) -> Self {
-        Self::Bytes(key.as_bytes().to_vec())
+        Self::Uuid(key)
     }
 }

@@ -3,10 +3,12 @@
 //! A message's row is inserted in the transaction of its effect, before the effect. Whoever
 //! finds the row there already knows that the effect is durable and only answers again.
 
+mod postgres;
 pub(crate) mod prune;
 mod sqlite;
 
 use std::future::Future;
+use std::time::Duration;
 
 use sqlx::Pool;
 use uuid::Uuid;
@@ -28,8 +30,9 @@ pub trait InboxDatabase: sqlx::Database {
     /// otherwise.
     const CONCURRENCY: usize;
 
-    /// Begins a transaction that will write.
-    const BEGIN: &'static str;
+    /// The statement that begins a transaction which will write and whose commit will be
+    /// durable. The database waits for another's inbox row at most this long.
+    fn begin(wait: Duration) -> String;
 
     /// Creates or updates the inbox's tables. A schema newer than this program is refused.
     fn migrate(connection: &mut Self::Connection)
@@ -48,6 +51,12 @@ pub trait InboxDatabase: sqlx::Database {
         subscription: &str,
         ids: &[Uuid],
     ) -> impl Future<Output = Result<Vec<Seen>, sqlx::Error>> + Send;
+
+    /// Asked inside of the transaction, before its commit: why a commit would not keep the
+    /// effect though it would not fail, if there is such a reason.
+    fn refuses_commit(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<Option<&'static str>, sqlx::Error>> + Send;
 
     /// The database's time, in microseconds since 1970 UTC.
     fn now(

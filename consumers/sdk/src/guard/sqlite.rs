@@ -21,6 +21,7 @@ impl GuardConnection for SqliteConnection {
             Key::Integer(key) => query.bind(*key),
             Key::Text(key) => query.bind(key.clone()),
             Key::Bytes(key) => query.bind(key.clone()),
+            Key::Uuid(key) => query.bind(key.as_bytes().to_vec()),
         };
         query.fetch_optional(self).await
     }
@@ -45,6 +46,7 @@ impl GuardConnection for SqliteConnection {
             Key::Integer(key) => query.bind(*key),
             Key::Text(key) => query.bind(key.clone()),
             Key::Bytes(key) => query.bind(key.clone()),
+            Key::Uuid(key) => query.bind(key.as_bytes().to_vec()),
         };
         Ok(query.execute(self).await?.rows_affected() > 0)
     }

@@ -1,5 +1,7 @@
 //! The inbox in SQLite.
 
+use std::time::Duration;
+
 use handfast_migrations::Owner;
 use sqlx::{Row as _, Sqlite, SqliteConnection};
 use uuid::Uuid;
@@ -13,7 +15,10 @@ impl InboxDatabase for Sqlite {
 
     // IMMEDIATE, because a transaction that turns from reader into writer half-way fails at
     // once when another has written meanwhile.
-    const BEGIN: &'static str = "BEGIN IMMEDIATE";
+    // How long it waits for the lock is the pool's `busy_timeout`.
+    fn begin(_wait: Duration) -> String {
+        "BEGIN IMMEDIATE".to_owned()
+    }
 
     async fn migrate(connection: &mut SqliteConnection) -> Result<(), Error> {
         Owner::Inbox.apply(connection).await?;
@@ -79,6 +84,13 @@ impl InboxDatabase for Sqlite {
                 })
             })
             .collect()
+    }
+
+    async fn refuses_commit(
+        _connection: &mut SqliteConnection,
+    ) -> Result<Option<&'static str>, sqlx::Error> {
+        // A statement that failed leaves the transaction as it was before it.
+        Ok(None)
     }
 
     async fn now(connection: &mut SqliteConnection) -> Result<i64, sqlx::Error> {

@@ -1,16 +1,28 @@
 //! A message's effect happens once, and only with its inbox row.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use handfast_consumer::{Answer, BatchHandler, Delivered, Tx};
 use handfast_proto::v1::AnswerKind;
 
-use crate::common::World;
+use crate::common::{Database, World, on_every_database};
 
-#[tokio::test]
-async fn a_batch_commits_together_and_is_answered() {
-    let world = World::new().await;
+on_every_database! {
+    a_batch_commits_together_and_is_answered,
+    one_bad_message_does_not_keep_its_batch_from_being_applied_once,
+    a_time_out_leaves_no_inbox_row_and_no_open_transaction,
+    one_message_per_transaction_works_alike,
+    an_inbox_hit_answers_consumed_again,
+    the_same_message_twice_at_once_is_applied_once,
+    what_is_older_than_the_inbox_remembers_is_rejected,
+    a_database_that_cannot_begin_is_answered_later,
+    what_came_back_unanswered_runs_alone,
+    a_wrong_number_of_answers_commits_nothing,
+    a_rule_that_fails_at_commit_is_the_messages_failure,
+}
+
+async fn a_batch_commits_together_and_is_answered<D: Database>() {
+    let world = World::<D>::new().await;
     let service = &world.service;
     service.deliver_all((1..=50).map(|n| service.delivery(n, "ok")));
     let running = world.start().await;
@@ -18,7 +30,7 @@ async fn a_batch_commits_together_and_is_answered() {
     let report = world.stop(running).await;
     assert_eq!(world.all_effects().await, 50);
     assert_eq!((report.consumed, report.unanswered), (50, 0));
-    assert_eq!(world.batches.load(Ordering::SeqCst), 1);
+    assert_eq!(world.batches.lock().unwrap().len(), 1);
     service.script(|script| {
         for answer in &script.answers {
             assert_eq!(answer.kind(), AnswerKind::Consumed);
@@ -28,9 +40,8 @@ async fn a_batch_commits_together_and_is_answered() {
     });
 }
 
-#[tokio::test]
-async fn one_bad_message_does_not_keep_its_batch_from_being_applied_once() {
-    let world = World::new().await;
+async fn one_bad_message_does_not_keep_its_batch_from_being_applied_once<D: Database>() {
+    let world = World::<D>::new().await;
     let service = &world.service;
     let words = ["ok", "fail", "ok", "later", "reject", "panic", "ok"];
     service.deliver_all((1..).zip(words).map(|(n, word)| service.delivery(n, word)));
@@ -65,9 +76,8 @@ async fn one_bad_message_does_not_keep_its_batch_from_being_applied_once() {
     );
 }
 
-#[tokio::test]
-async fn a_time_out_leaves_no_inbox_row_and_no_open_transaction() {
-    let world = World::new().await;
+async fn a_time_out_leaves_no_inbox_row_and_no_open_transaction<D: Database>() {
+    let world = World::<D>::new().await;
     world.service.deliver(1, "hang");
     let subscriber = world.subscriber().await;
     let running = world.start_with(subscriber.handler_timeout(Duration::from_millis(100)));
@@ -84,9 +94,8 @@ async fn a_time_out_leaves_no_inbox_row_and_no_open_transaction() {
     assert_eq!((world.effects(1).await, world.seen(1).await), (0, 0));
 }
 
-#[tokio::test]
-async fn one_message_per_transaction_works_alike() {
-    let world = World::new().await;
+async fn one_message_per_transaction_works_alike<D: Database>() {
+    let world = World::<D>::new().await;
     let service = &world.service;
     service.deliver_all([service.delivery(1, "ok"), service.delivery(2, "panic")]);
     let subscriber = world.subscriber().await;
@@ -102,9 +111,8 @@ async fn one_message_per_transaction_works_alike() {
     assert_eq!((world.effects(1).await, world.effects(2).await), (1, 0));
 }
 
-#[tokio::test]
-async fn an_inbox_hit_answers_consumed_again() {
-    let world = World::new().await;
+async fn an_inbox_hit_answers_consumed_again<D: Database>() {
+    let world = World::<D>::new().await;
     let service = &world.service;
     let running = world.start().await;
     service.deliver(1, "ok");
@@ -119,9 +127,8 @@ async fn an_inbox_hit_answers_consumed_again() {
     service.script(|script| assert_eq!(script.words(1), [AnswerKind::Consumed; 2]));
 }
 
-#[tokio::test]
-async fn the_same_message_twice_at_once_is_applied_once() {
-    let world = World::new().await;
+async fn the_same_message_twice_at_once_is_applied_once<D: Database>() {
+    let world = World::<D>::new().await;
     let service = &world.service;
     service.deliver_all([1, 2, 1, 1].map(|n| service.delivery(n, "ok")));
     let running = world.start().await;
@@ -131,10 +138,9 @@ async fn the_same_message_twice_at_once_is_applied_once() {
     assert_eq!((world.effects(1).await, world.seen(1).await), (1, 3));
 }
 
-#[tokio::test]
-async fn what_is_older_than_the_inbox_remembers_is_rejected() {
+async fn what_is_older_than_the_inbox_remembers_is_rejected<D: Database>() {
     const DAY_US: i64 = 24 * 3600 * 1_000_000;
-    let world = World::new().await;
+    let world = World::<D>::new().await;
     let service = &world.service;
     let aged = |number, days| {
         let mut delivery = service.delivery(number, "ok");
@@ -165,20 +171,15 @@ async fn what_is_older_than_the_inbox_remembers_is_rejected() {
     );
 }
 
-#[tokio::test]
-async fn a_database_that_cannot_begin_is_answered_later() {
-    let world = World::new().await;
+async fn a_database_that_cannot_begin_is_answered_later<D: Database>() {
+    let world = World::<D>::new().await;
     let service = &world.service;
     let subscriber = world.subscriber().await;
     let running = world.start_with(subscriber.inbox_wait(Duration::from_millis(200)));
     service.until("a stream", |script| script.credit > 0).await;
 
     let other = world.other_pool().await;
-    let mut lock = other.begin_with("BEGIN IMMEDIATE").await.unwrap();
-    sqlx::query("DELETE FROM effect")
-        .execute(&mut *lock)
-        .await
-        .unwrap();
+    let lock = D::hold(&other).await;
     service.deliver_all([1, 2, 3].map(|n| service.delivery(n, "ok")));
     service.until_answers(3).await;
     lock.rollback().await.unwrap();
@@ -201,9 +202,8 @@ async fn a_database_that_cannot_begin_is_answered_later() {
     assert_eq!(world.effects(1).await, 1);
 }
 
-#[tokio::test]
-async fn what_came_back_unanswered_runs_alone() {
-    let world = World::new().await;
+async fn what_came_back_unanswered_runs_alone<D: Database>() {
+    let world = World::<D>::new().await;
     let service = &world.service;
     let mut alone = service.delivery(2, "ok");
     alone.alone = true;
@@ -211,7 +211,7 @@ async fn what_came_back_unanswered_runs_alone() {
     let running = world.start().await;
     service.until_answers(3).await;
     world.stop(running).await;
-    assert_eq!(world.batches.load(Ordering::SeqCst), 3);
+    assert_eq!(*world.batches.lock().unwrap(), [[1], [2], [3]]);
     service.script(|script| {
         let order: Vec<_> = script.answers.iter().map(|a| a.message_id[15]).collect();
         assert_eq!(order, [1, 2, 3]);
@@ -220,19 +220,17 @@ async fn what_came_back_unanswered_runs_alone() {
 
 struct Miscounting;
 
-impl BatchHandler for Miscounting {
-    async fn handle_batch(&self, tx: &mut Tx, messages: &[Delivered]) -> Vec<Answer> {
-        sqlx::query("INSERT INTO effect (message_id) VALUES (x'00')")
-            .execute(tx)
+impl<D: Database> BatchHandler<D> for Miscounting {
+    async fn handle_batch(&self, tx: &mut Tx<D>, messages: &[Delivered]) -> Vec<Answer> {
+        D::insert_effect(tx, messages[0].message_id, "miscounted")
             .await
             .unwrap();
         vec![Answer::Consumed; messages.len() + 1]
     }
 }
 
-#[tokio::test]
-async fn a_wrong_number_of_answers_commits_nothing() {
-    let world = World::new().await;
+async fn a_wrong_number_of_answers_commits_nothing<D: Database>() {
+    let world = World::<D>::new().await;
     let service = &world.service;
     service.deliver_all([1, 2].map(|n| service.delivery(n, "ok")));
     let subscriber = world.subscriber().await;
@@ -249,31 +247,26 @@ async fn a_wrong_number_of_answers_commits_nothing() {
     });
 }
 
-#[tokio::test]
-async fn a_rule_that_fails_at_commit_is_the_messages_failure() {
+async fn a_rule_that_fails_at_commit_is_the_messages_failure<D: Database>() {
     struct Orphan;
-    impl BatchHandler for Orphan {
-        async fn handle_batch(&self, tx: &mut Tx, messages: &[Delivered]) -> Vec<Answer> {
+    impl<D: Database> BatchHandler<D> for Orphan {
+        async fn handle_batch(&self, tx: &mut Tx<D>, messages: &[Delivered]) -> Vec<Answer> {
             for message in messages {
                 if message.payload.as_ref() == b"fail" {
-                    sqlx::query("INSERT INTO child (parent) VALUES (404)")
-                        .execute(&mut *tx)
-                        .await
-                        .unwrap();
+                    D::run(tx, "INSERT INTO child (parent) VALUES (404)".to_owned()).await;
                 }
             }
             vec![Answer::Consumed; messages.len()]
         }
     }
-    let world = World::new().await;
-    sqlx::raw_sql(
-        "CREATE TABLE parent (id INTEGER PRIMARY KEY);
-         CREATE TABLE child (
-             parent INTEGER REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)",
-    )
-    .execute(&world.pool)
-    .await
-    .unwrap();
+    let world = World::<D>::new().await;
+    world
+        .run(
+            "CREATE TABLE parent (id INTEGER PRIMARY KEY);
+             CREATE TABLE child (
+                 parent INTEGER REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)",
+        )
+        .await;
     let service = &world.service;
     service.deliver_all([service.delivery(1, "ok"), service.delivery(2, "fail")]);
     let subscriber = world.subscriber().await;

@@ -3,11 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use handfast_consumer::{Answer, Delivered, Guard, GuardError, Handler, Transition, Tx};
+use handfast_consumer::{Answer, Delivered, Guard, GuardError, Handler, Key, Transition, Tx};
 use handfast_proto::v1::AnswerKind;
-use sqlx::{Connection as _, SqliteConnection};
+use uuid::Uuid;
 
-use crate::common::World;
+use crate::common::{Database, World, on_every_database};
+
+on_every_database! {
+    every_case_has_its_own_answer,
+    a_row_that_is_not_there_yet_is_too_early,
+    a_row_is_found_by_text_and_by_uuid,
+    a_transition_that_the_order_does_not_have_is_an_error,
+    a_notice_that_came_too_early_is_applied_later,
+}
 
 fn orders() -> Guard {
     Guard::new("shop_order", "id", "state")
@@ -15,30 +23,22 @@ fn orders() -> Guard {
         .unwrap()
 }
 
-async fn shop(state: &str) -> SqliteConnection {
-    let mut db = SqliteConnection::connect("sqlite::memory:").await.unwrap();
-    sqlx::raw_sql("CREATE TABLE shop_order (id INTEGER PRIMARY KEY, state TEXT NOT NULL)")
-        .execute(&mut db)
-        .await
-        .unwrap();
-    sqlx::query("INSERT INTO shop_order VALUES (1, ?), (2, 'processing')")
-        .bind(state)
-        .execute(&mut db)
-        .await
-        .unwrap();
-    db
+async fn shop<D: Database>(state: &str) -> World<D> {
+    let world = World::new().await;
+    world
+        .run(&format!(
+            "CREATE TABLE shop_order (id BIGINT PRIMARY KEY, state TEXT NOT NULL);
+             INSERT INTO shop_order VALUES (1, '{state}'), (2, 'processing')"
+        ))
+        .await;
+    world
 }
 
-async fn state(db: &mut SqliteConnection, id: i64) -> String {
-    sqlx::query_scalar("SELECT state FROM shop_order WHERE id = ?")
-        .bind(id)
-        .fetch_one(db)
-        .await
-        .unwrap()
+async fn state<D: Database>(world: &World<D>) -> String {
+    D::text(&world.pool, "SELECT state FROM shop_order WHERE id = 1").await
 }
 
-#[tokio::test]
-async fn every_case_has_its_own_answer() {
+async fn every_case_has_its_own_answer<D: Database>() {
     let refused = |state: &str| Transition::Refused(state.to_owned());
     let cases = [
         ("processing", "processing", "paid", Transition::Applied),
@@ -51,39 +51,71 @@ async fn every_case_has_its_own_answer() {
         ("closed", "paid", "refunded", refused("closed")),
         ("paid", "processing", "refunded", refused("paid")),
     ];
+    let world = shop::<D>("").await;
     for (current, from, to, expected) in cases {
-        let mut db = shop(current).await;
-        let became = orders().transition(&mut db, 1, from, to).await.unwrap();
+        world
+            .run(&format!(
+                "UPDATE shop_order SET state = '{current}' WHERE id = 1"
+            ))
+            .await;
+        let mut tx = world.pool.begin().await.unwrap();
+        let became = orders().transition(&mut *tx, 1, from, to).await.unwrap();
+        tx.commit().await.unwrap();
         assert_eq!(became, expected, "{current}: {from} to {to}");
         let wanted = if expected == Transition::Applied {
             to
         } else {
             current
         };
-        assert_eq!(state(&mut db, 1).await, wanted);
-        assert_eq!(state(&mut db, 2).await, "processing", "another row");
+        assert_eq!(state(&world).await, wanted);
     }
+    let other = "SELECT state FROM shop_order WHERE id = 2";
+    assert_eq!(D::text(&world.pool, other).await, "processing");
 }
 
-#[tokio::test]
-async fn a_row_that_is_not_there_yet_is_too_early() {
-    let mut db = shop("paid").await;
+async fn a_row_that_is_not_there_yet_is_too_early<D: Database>() {
+    let world = shop::<D>("paid").await;
+    let mut tx = world.pool.begin().await.unwrap();
     let became = orders()
-        .transition(&mut db, 404, "processing", "paid")
+        .transition(&mut *tx, 404, "processing", "paid")
         .await;
     assert_eq!(became.unwrap(), Transition::TooEarly);
 }
 
-#[tokio::test]
-async fn a_transition_that_the_order_does_not_have_is_an_error() {
-    let mut db = shop("paid").await;
+async fn a_row_is_found_by_text_and_by_uuid<D: Database>() {
+    let world = World::<D>::new().await;
+    let uuid = Uuid::from_u128(7);
+    world
+        .run(
+            "CREATE TABLE by_text (id TEXT PRIMARY KEY, state TEXT NOT NULL);
+             CREATE TABLE by_uuid (id UUID PRIMARY KEY, state TEXT NOT NULL);
+             INSERT INTO by_text VALUES ('o-7', 'a')",
+        )
+        .await;
+    let mut tx = world.pool.begin().await.unwrap();
+    D::insert_uuid(&mut tx, "INSERT INTO by_uuid VALUES ($1, 'a')", uuid).await;
+    for (table, key) in [("by_text", Key::from("o-7")), ("by_uuid", Key::from(uuid))] {
+        let guard = Guard::new(table, "id", "state").order(&["a", "b"]).unwrap();
+        for expected in [Transition::Applied, Transition::AlreadyApplied] {
+            let became = guard.transition(&mut *tx, key.clone(), "a", "b").await;
+            assert_eq!(became.unwrap(), expected, "{table}");
+        }
+    }
+}
+
+async fn a_transition_that_the_order_does_not_have_is_an_error<D: Database>() {
+    let world = shop::<D>("paid").await;
+    let mut tx = world.pool.begin().await.unwrap();
     for (from, to) in [
         ("paid", "processing"),
         ("paid", "paid"),
         ("paid", "lost"),
         ("new", "paid"),
     ] {
-        let error = orders().transition(&mut db, 1, from, to).await.unwrap_err();
+        let error = orders()
+            .transition(&mut *tx, 1, from, to)
+            .await
+            .unwrap_err();
         assert!(
             matches!(error, GuardError::NoSuchTransition { .. }),
             "{error}"
@@ -117,8 +149,8 @@ fn an_order_needs_two_different_states() {
 /// Applies notices such as `paid` to order 1.
 struct Notices(Arc<Guard>);
 
-impl Handler for Notices {
-    async fn handle(&self, tx: &mut Tx, message: &Delivered) -> Answer {
+impl<D: Database> Handler<D> for Notices {
+    async fn handle(&self, tx: &mut Tx<D>, message: &Delivered) -> Answer {
         let (from, to) = match message.payload.as_ref() {
             b"paid" => ("processing", "paid"),
             _ => ("paid", "refunded"),
@@ -133,16 +165,8 @@ impl Handler for Notices {
     }
 }
 
-#[tokio::test]
-async fn a_notice_that_came_too_early_is_applied_later() {
-    let world = World::new().await;
-    sqlx::raw_sql(
-        "CREATE TABLE shop_order (id INTEGER PRIMARY KEY, state TEXT NOT NULL);
-         INSERT INTO shop_order VALUES (1, 'processing')",
-    )
-    .execute(&world.pool)
-    .await
-    .unwrap();
+async fn a_notice_that_came_too_early_is_applied_later<D: Database>() {
+    let world = shop::<D>("processing").await;
     let handler = Notices(Arc::new(orders()));
     let subscriber = world.subscriber().await;
     let running = tokio::spawn(subscriber.run(handler, world.shutdown.clone()));
@@ -165,6 +189,5 @@ async fn a_notice_that_came_too_early_is_applied_later() {
         assert_eq!(script.words(2), [Later, Consumed, Consumed]);
         assert_eq!(script.words(3), [Rejected]);
     });
-    let mut db = world.pool.acquire().await.unwrap();
-    assert_eq!(state(&mut db, 1).await, "refunded");
+    assert_eq!(state(&world).await, "refunded");
 }

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use handfast_consumer::{Consumer, Report, handfast};
 use handfast_proto::v1::{AnswerKind, AnswerOutcome};
+use sqlx::Sqlite;
 use tonic::Code;
 
 use crate::common::{PATIENCE, World};
 
 #[tokio::test]
 async fn a_service_that_is_not_ready_is_waited_for() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     world.service.script(|script| {
         script.refuse_streams = VecDeque::from([Code::Unavailable, Code::NotFound, Code::NotFound]);
     });
@@ -23,7 +24,7 @@ async fn a_service_that_is_not_ready_is_waited_for() {
 
 #[tokio::test]
 async fn a_consumer_without_a_service_stops_at_once() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", closed.local_addr().unwrap());
     drop(closed);
@@ -37,7 +38,7 @@ async fn a_consumer_without_a_service_stops_at_once() {
 
 #[tokio::test]
 async fn an_answer_that_is_lost_is_given_again() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     world.service.script(|script| {
         script.refuse_calls = 2;
         script.lose_replies = 1;
@@ -56,7 +57,7 @@ async fn an_answer_that_is_lost_is_given_again() {
 
 #[tokio::test]
 async fn a_consumer_that_ends_before_its_answer_has_one_effect() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     world.service.script(|script| script.refuse_calls = 1);
     world.service.deliver(1, "ok");
     let first = world.start().await;
@@ -81,7 +82,7 @@ async fn a_consumer_that_ends_before_its_answer_has_one_effect() {
 
 #[tokio::test]
 async fn answers_survive_a_lost_stream() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let service = &world.service;
     let (handler, gate) = world.gated();
     let subscriber = world.subscriber().await.prefetch(5).max_batch(1);
@@ -102,7 +103,7 @@ async fn answers_survive_a_lost_stream() {
 
 #[tokio::test]
 async fn answers_wait_for_a_service_that_is_away() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let service = &world.service;
     let running = world.start().await;
     service.until("a stream", |script| script.credit > 0).await;
@@ -122,7 +123,7 @@ async fn answers_wait_for_a_service_that_is_away() {
 
 #[tokio::test]
 async fn the_prefetch_bounds_what_is_unanswered() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let service = &world.service;
     let (handler, gate) = world.gated();
     let subscriber = world.subscriber().await.prefetch(3).max_batch(1);
@@ -139,7 +140,7 @@ async fn the_prefetch_bounds_what_is_unanswered() {
 
 #[tokio::test]
 async fn a_shutdown_works_off_what_was_delivered_and_takes_nothing_new() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let service = &world.service;
     let (handler, gate) = world.gated();
     let subscriber = world.subscriber().await.prefetch(50).max_batch(1);
@@ -166,7 +167,7 @@ async fn a_shutdown_works_off_what_was_delivered_and_takes_nothing_new() {
 
 #[tokio::test]
 async fn a_drain_ends_at_its_deadline() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let (handler, gate) = world.gated();
     let subscriber = world
         .subscriber()
@@ -191,7 +192,7 @@ async fn answers_that_nobody_wants_are_dropped_and_counted() {
         AnswerOutcome::Invalid,
         AnswerOutcome::Stale,
     ] {
-        let world = World::new().await;
+        let world = World::<Sqlite>::new().await;
         let service = &world.service;
         service.script(|script| script.outcome = Some(outcome));
         let running = world.start_with(world.subscriber().await.prefetch(1));
@@ -210,7 +211,7 @@ async fn answers_that_nobody_wants_are_dropped_and_counted() {
 
 #[tokio::test]
 async fn one_unreadable_answer_does_not_hold_up_the_others() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let service = &world.service;
     service.script(|script| {
         script.refuse_with = Some(Code::InvalidArgument);
@@ -229,7 +230,7 @@ async fn one_unreadable_answer_does_not_hold_up_the_others() {
 
 #[tokio::test]
 async fn a_delivery_that_cannot_be_read_costs_no_credit() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let service = &world.service;
     let running = world.start_with(world.subscriber().await.prefetch(1));
     let mut broken = service.delivery(1, "ok");

@@ -1,4 +1,4 @@
-//! The SDK between a scripted service and real SQLite files.
+//! The SDK between a scripted service, over gRPC or RabbitMQ, and real databases.
 
 #![expect(
     clippy::unwrap_used,
@@ -10,4 +10,6 @@ mod common;
 mod effects;
 mod guard;
 mod link;
+mod postgres;
+mod rabbitmq;
 mod start;

@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use handfast_consumer::{Consumer, Error, handfast};
+use sqlx::Sqlite;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use tokio_util::sync::CancellationToken;
 
 use crate::common::World;
 
-async fn start(world: &World, pool: SqlitePool) -> Error {
+async fn start(world: &World<Sqlite>, pool: SqlitePool) -> Error {
     Consumer::connect(handfast(world.service.address()))
         .await
         .unwrap()
@@ -21,7 +22,7 @@ async fn start(world: &World, pool: SqlitePool) -> Error {
 
 #[tokio::test]
 async fn a_database_that_is_not_durable_is_refused() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let dir = tempfile::TempDir::new().unwrap();
     let file = SqliteConnectOptions::new()
         .filename(dir.path().join("inbox.db"))
@@ -43,7 +44,7 @@ async fn a_database_that_is_not_durable_is_refused() {
 
 #[tokio::test]
 async fn a_schema_newer_than_the_program_is_refused() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     sqlx::query("INSERT INTO handfast_inbox_version (version, name) VALUES (99, 'later')")
         .execute(&world.pool)
         .await
@@ -70,7 +71,7 @@ async fn an_address_that_cannot_be_read_is_refused() {
 
 #[tokio::test]
 async fn options_out_of_range_are_refused() {
-    let world = World::new().await;
+    let world = World::<Sqlite>::new().await;
     let subscribers = [
         world.subscriber().await.prefetch(0),
         world.subscriber().await.prefetch(10_001),

@@ -1,61 +1,72 @@
-//! A consumer between a scripted service and a real SQLite file.
+//! A consumer between a scripted service and a real database.
 
+mod database;
+mod proxy;
+mod rabbit;
+mod scratch;
 mod service;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use handfast_consumer::{
-    Answer, BatchHandler, Consumer, Delivered, Error, Handler, Report, Subscriber, Tx, handfast,
+    Answer, BatchHandler, Consumer, Delivered, Error, Handler, Report, Source, Subscriber, Tx,
+    handfast,
 };
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions};
-use tempfile::TempDir;
+use sqlx::Pool;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
-pub(crate) use service::{Service, id};
+pub(crate) use database::{Database, on_every_database};
+pub(crate) use proxy::Proxy;
+pub(crate) use rabbit::{Rabbit, address as amqp};
+pub(crate) use service::Service;
 
 /// Longer than anything here takes; a test that waits this long has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-pub(crate) struct World {
+pub(crate) struct World<D: Database> {
     pub(crate) service: Service,
-    pub(crate) pool: SqlitePool,
-    pub(crate) batches: Arc<AtomicUsize>,
+    pub(crate) pool: Pool<D>,
+    pub(crate) batches: Batches,
     pub(crate) shutdown: CancellationToken,
-    dir: TempDir,
+    /// When the world began, by its database.
+    pub(crate) now: i64,
+    pub(crate) home: D::Home,
 }
+
+/// Which messages the handler got together, in order.
+pub(crate) type Batches = Arc<Mutex<Vec<Vec<u128>>>>;
 
 pub(crate) type Running = JoinHandle<Result<Report, Error>>;
 
-impl World {
+impl<D: Database> World<D> {
     pub(crate) async fn new() -> Self {
-        let dir = TempDir::new().unwrap();
-        let pool = pool(&dir).await;
-        sqlx::raw_sql(
-            "CREATE TABLE effect (one INTEGER PRIMARY KEY, message_id BLOB NOT NULL, word TEXT)",
-        )
-        .execute(&pool)
-        .await
-        .unwrap();
+        let home = D::home().await;
+        let pool = D::open(&home).await;
+        let mut db = pool.acquire().await.unwrap();
+        D::run(&mut db, D::SCHEMA.to_owned()).await;
+        let now = D::now(&mut db).await.unwrap();
+        drop(db);
         handfast_consumer::migrate(&pool).await.unwrap();
-        let now = sqlx::query_scalar("SELECT CAST(unixepoch('subsec') * 1000000 AS INTEGER)")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
         Self {
             service: Service::start(now).await,
             pool,
             batches: Arc::default(),
             shutdown: CancellationToken::new(),
-            dir,
+            now,
+            home,
         }
     }
 
-    pub(crate) async fn subscriber(&self) -> Subscriber<sqlx::Sqlite> {
-        Consumer::connect(handfast(self.service.address()))
+    pub(crate) async fn subscriber(&self) -> Subscriber<D> {
+        self.subscriber_of(handfast(self.service.address())).await
+    }
+
+    pub(crate) async fn subscriber_of(&self, source: impl Into<Source>) -> Subscriber<D> {
+        Consumer::connect(source)
             .await
             .unwrap()
             .subscription("payment.completed", "accounting")
@@ -84,7 +95,7 @@ impl World {
         self.start_with(self.subscriber().await)
     }
 
-    pub(crate) fn start_with(&self, subscriber: Subscriber<sqlx::Sqlite>) -> Running {
+    pub(crate) fn start_with(&self, subscriber: Subscriber<D>) -> Running {
         tokio::spawn(subscriber.run_batch(self.obedient(), self.shutdown.clone()))
     }
 
@@ -97,63 +108,65 @@ impl World {
             .unwrap()
     }
 
-    /// A second connection, outside of the consumer's pool.
-    pub(crate) async fn other_pool(&self) -> SqlitePool {
-        pool(&self.dir).await
+    /// A second pool, outside of the consumer's.
+    pub(crate) async fn other_pool(&self) -> Pool<D> {
+        D::open(&self.home).await
     }
 
     pub(crate) async fn effects(&self, number: u128) -> i64 {
-        sqlx::query_scalar("SELECT count(*) FROM effect WHERE message_id = ?")
-            .bind(id(number))
-            .fetch_one(&self.pool)
-            .await
-            .unwrap()
+        let sql = "SELECT count(*) FROM effect WHERE message_id = $1";
+        D::count_of(&self.pool, sql, Uuid::from_u128(number)).await
     }
 
     pub(crate) async fn all_effects(&self) -> i64 {
-        sqlx::query_scalar("SELECT count(*) FROM effect")
-            .fetch_one(&self.pool)
-            .await
-            .unwrap()
+        D::count(&self.pool, "SELECT count(*) FROM effect").await
+    }
+
+    pub(crate) async fn until_effects(&self, count: i64) {
+        let wait = async {
+            while self.all_effects().await < count {
+                tokio::task::yield_now().await;
+            }
+        };
+        let met = tokio::time::timeout(PATIENCE, wait).await.is_ok();
+        assert!(met, "fewer than {count} effects");
+    }
+
+    /// Waits until the handler was given so many batches.
+    pub(crate) async fn until_batches(&self, count: usize) {
+        let wait = async {
+            while self.batches.lock().unwrap().len() < count {
+                tokio::task::yield_now().await;
+            }
+        };
+        let met = tokio::time::timeout(PATIENCE, wait).await.is_ok();
+        assert!(met, "fewer than {count} batches");
     }
 
     /// How often the inbox saw the message; 0 if it has no row.
     pub(crate) async fn seen(&self, number: u128) -> i64 {
-        sqlx::query_scalar("SELECT coalesce(sum(seen), 0) FROM handfast_inbox WHERE message_id = ?")
-            .bind(id(number))
-            .fetch_one(&self.pool)
-            .await
-            .unwrap()
+        let sql = "SELECT coalesce(max(seen), 0) FROM handfast_inbox WHERE message_id = $1";
+        D::count_of(&self.pool, sql, Uuid::from_u128(number)).await
     }
-}
 
-async fn pool(dir: &TempDir) -> SqlitePool {
-    let file = SqliteConnectOptions::new()
-        .filename(dir.path().join("consumer.db"))
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .busy_timeout(Duration::from_secs(5));
-    SqlitePoolOptions::new()
-        .max_connections(4)
-        .connect_with(file)
-        .await
-        .unwrap()
+    /// Runs SQL that every database understands.
+    pub(crate) async fn run(&self, sql: &str) {
+        let mut db = self.pool.acquire().await.unwrap();
+        D::run(&mut db, sql.to_owned()).await;
+    }
 }
 
 /// Writes one effect per message and then does what the payload says.
 pub(crate) struct Obedient {
-    batches: Arc<AtomicUsize>,
+    batches: Batches,
     /// If set, nothing is handled until a permit is there.
     gate: Option<Arc<Semaphore>>,
 }
 
 impl Obedient {
-    async fn obey(&self, tx: &mut Tx, message: &Delivered) -> Answer {
+    async fn obey<D: Database>(&self, tx: &mut Tx<D>, message: &Delivered) -> Answer {
         let word = std::str::from_utf8(&message.payload).unwrap();
-        sqlx::query("INSERT INTO effect (message_id, word) VALUES (?, ?)")
-            .bind(message.message_id.as_bytes().as_slice())
-            .bind(word)
-            .execute(&mut *tx)
+        D::insert_effect(tx, message.message_id, word)
             .await
             .unwrap();
         match word {
@@ -168,22 +181,23 @@ impl Obedient {
     }
 }
 
-impl BatchHandler for Obedient {
-    async fn handle_batch(&self, tx: &mut Tx, messages: &[Delivered]) -> Vec<Answer> {
-        self.batches.fetch_add(1, Ordering::SeqCst);
+impl<D: Database> BatchHandler<D> for Obedient {
+    async fn handle_batch(&self, tx: &mut Tx<D>, messages: &[Delivered]) -> Vec<Answer> {
+        let ids = messages.iter().map(|m| m.message_id.as_u128()).collect();
+        self.batches.lock().unwrap().push(ids);
         if let Some(gate) = &self.gate {
             gate.acquire().await.unwrap().forget();
         }
         let mut answers = Vec::new();
         for message in messages {
-            answers.push(self.obey(tx, message).await);
+            answers.push(self.obey::<D>(tx, message).await);
         }
         answers
     }
 }
 
-impl Handler for Obedient {
-    async fn handle(&self, tx: &mut Tx, message: &Delivered) -> Answer {
-        self.obey(tx, message).await
+impl<D: Database> Handler<D> for Obedient {
+    async fn handle(&self, tx: &mut Tx<D>, message: &Delivered) -> Answer {
+        self.obey::<D>(tx, message).await
     }
 }

@@ -21,7 +21,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::PATIENCE;
 
 /// The id of message `number`.
-pub(crate) fn id(number: u128) -> Vec<u8> {
+fn id(number: u128) -> Vec<u8> {
     number.to_be_bytes().to_vec()
 }
 

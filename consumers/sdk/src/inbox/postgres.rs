@@ -1,0 +1,178 @@
+//! The inbox in PostgreSQL.
+
+use std::time::Duration;
+
+use handfast_migrations::Owner;
+use sqlx::error::DatabaseError;
+use sqlx::postgres::{PgConnection, Postgres};
+use uuid::Uuid;
+
+use super::{InboxDatabase, Seen};
+use crate::error::Error;
+
+/// A statement came after one that failed, and nothing of the transaction can be committed.
+const IN_FAILED_SQL_TRANSACTION: &str = "25P02";
+
+impl InboxDatabase for Postgres {
+    // Enough to work while another commits; more of them would only wait for the same disk.
+    const CONCURRENCY: usize = 4;
+
+    // READ COMMITTED whatever the default is: at a higher level, whoever waited for another's
+    // inbox row gets an error instead of the row.
+    fn begin(wait: Duration) -> String {
+        // Without the time-out the server goes on waiting when nobody waits for it any more.
+        // 0 would mean for ever.
+        let wait_ms = wait.as_millis().clamp(1, i32::MAX as u128);
+        format!(
+            "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; \
+             SET LOCAL lock_timeout = {wait_ms}"
+        )
+    }
+
+    async fn migrate(connection: &mut PgConnection) -> Result<(), Error> {
+        Owner::Inbox.apply(connection).await?;
+        Ok(())
+    }
+
+    async fn check_durable(connection: &mut PgConnection) -> Result<(), Error> {
+        // Settings of the server; that a commit waits for the disk is set by each transaction.
+        let (fsync, full_page_writes): (String, String) =
+            sqlx::query_as("SELECT current_setting('fsync'), current_setting('full_page_writes')")
+                .fetch_one(connection)
+                .await
+                .map_err(|source| Error::Database {
+                    doing: "read the settings of",
+                    source,
+                })?;
+        refuse_if_not_durable(&fsync, &full_page_writes)
+    }
+
+    async fn record(
+        connection: &mut PgConnection,
+        subscription: &str,
+        ids: &[Uuid],
+    ) -> Result<Vec<Seen>, sqlx::Error> {
+        let rows: Vec<(Uuid, i64, i64)> = sqlx::query_as(
+            r#"
+            -- record
+            INSERT INTO handfast_inbox AS inbox (subscription, message_id)
+            SELECT $1, id
+              FROM unnest($2::uuid[]) AS id
+             ORDER BY id
+                ON CONFLICT (subscription, message_id) DO UPDATE SET seen = inbox.seen + 1
+         RETURNING message_id, seen, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+            "#,
+        )
+        .bind(subscription)
+        .bind(ids)
+        .fetch_all(&mut *connection)
+        .await?;
+        // What the handler's own statements wait for is the handler's to bound.
+        sqlx::query("SET LOCAL lock_timeout TO DEFAULT")
+            .execute(connection)
+            .await?;
+        let seen = |(message_id, times, now)| Seen {
+            message_id,
+            times,
+            now,
+        };
+        Ok(rows.into_iter().map(seen).collect())
+    }
+
+    async fn refuses_commit(
+        connection: &mut PgConnection,
+    ) -> Result<Option<&'static str>, sqlx::Error> {
+        // COMMIT of a failed transaction is a rollback that is no error. The inbox rows have
+        // made an id for the transaction, which a transaction of the handler's has not.
+        let asked =
+            sqlx::query_scalar::<_, bool>("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
+                .fetch_one(connection)
+                .await;
+        match asked {
+            Ok(true) => Ok(None),
+            Ok(false) => Ok(Some("the handler ended the transaction")),
+            Err(error) if has_failed(&error) => Ok(Some(
+                "a statement failed, which rolls everything back, but the handler said CONSUMED",
+            )),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn now(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
+        sqlx::query_scalar("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+            .fetch_one(connection)
+            .await
+    }
+
+    async fn prune(
+        connection: &mut PgConnection,
+        subscription: &str,
+        before: i64,
+        limit_rows: u32,
+    ) -> Result<u64, sqlx::Error> {
+        let done = sqlx::query(
+            r#"
+            -- prune
+            DELETE FROM handfast_inbox
+             WHERE subscription = $1
+               AND message_id = ANY (ARRAY(
+                   SELECT message_id
+                     FROM handfast_inbox
+                    WHERE at < 'epoch'::timestamptz + $2 * interval '1 microsecond'
+                      AND subscription = $1 -- another consumer may remember longer
+                    ORDER BY at
+                    LIMIT $3
+                      FOR UPDATE SKIP LOCKED)) -- another consumer may prune too
+            "#,
+        )
+        .bind(subscription)
+        .bind(before)
+        .bind(i64::from(limit_rows))
+        .execute(connection)
+        .await?;
+        Ok(done.rows_affected())
+    }
+}
+
+fn has_failed(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .and_then(DatabaseError::code)
+        .is_some_and(|code| code == IN_FAILED_SQL_TRANSACTION)
+}
+
+fn refuse_if_not_durable(fsync: &str, full_page_writes: &str) -> Result<(), Error> {
+    for (setting, found) in [("fsync", fsync), ("full_page_writes", full_page_writes)] {
+        if found != "on" {
+            return Err(Error::NotDurable {
+                setting,
+                found: found.to_owned(),
+                wanted: "on",
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_forgets_at_a_power_cut_is_refused() {
+        assert!(refuse_if_not_durable("on", "on").is_ok());
+        let error = refuse_if_not_durable("on", "off").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the inbox's database is not durable: full_page_writes is off; set it to on"
+        );
+        assert!(refuse_if_not_durable("off", "on").is_err());
+    }
+
+    #[test]
+    fn the_wait_for_an_inbox_row_is_never_for_ever() {
+        assert!(Postgres::begin(Duration::ZERO).ends_with("lock_timeout = 1"));
+        assert!(Postgres::begin(Duration::from_secs(2)).ends_with("lock_timeout = 2000"));
+        assert!(Postgres::begin(Duration::MAX).ends_with("lock_timeout = 2147483647"));
+    }
+}

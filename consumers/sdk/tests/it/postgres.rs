@@ -1,0 +1,176 @@
+//! What only a database with many writers can get wrong.
+
+use std::time::Duration;
+
+use handfast_consumer::{Answer, BatchHandler, Consumer, Delivered, InboxDatabase, Tx, handfast};
+use handfast_proto::v1::AnswerKind;
+use sqlx::postgres::PgPoolOptions;
+use sqlx::{PgPool, Postgres};
+use uuid::Uuid;
+
+use crate::common::{Database as _, PATIENCE, Service, World};
+
+/// A pool whose defaults are as unfit as a program may have them.
+async fn careless(world: &World<Postgres>) -> PgPool {
+    let options = world.home.options().options([
+        ("default_transaction_isolation", "repeatable read"),
+        ("synchronous_commit", "off"),
+    ]);
+    PgPoolOptions::new().connect_with(options).await.unwrap()
+}
+
+async fn until(pool: &PgPool, sql: &'static str, wanted: i64) {
+    let wait = async { while Postgres::count(pool, sql).await != wanted {} };
+    let met = tokio::time::timeout(PATIENCE, wait).await.is_ok();
+    assert!(met, "waited in vain: {sql}");
+}
+
+const WAITING: &str = "SELECT count(*) FROM pg_stat_activity
+                        WHERE datname = current_database() AND wait_event_type = 'Lock'";
+
+#[tokio::test]
+async fn copies_for_two_consumers_at_once_have_one_effect() {
+    let world = World::<Postgres>::new().await;
+    let other = Service::start(world.now).await;
+    let (handler, gate) = world.gated();
+    let first = world.subscriber().await;
+    let first = tokio::spawn(first.run_batch(handler, world.shutdown.clone()));
+    world.service.deliver(1, "ok");
+    world.service.until("work", |script| script.sent == 1).await;
+    until(
+        &world.pool,
+        "SELECT count(*) FROM pg_stat_activity
+          WHERE datname = current_database() AND state = 'idle in transaction'",
+        1,
+    )
+    .await;
+
+    let second = Consumer::connect(handfast(other.address()))
+        .await
+        .unwrap()
+        .subscription("payment.completed", "accounting")
+        .inbox(careless(&world).await);
+    let second = tokio::spawn(second.run_batch(world.obedient(), world.shutdown.clone()));
+    other.deliver(1, "ok");
+    until(&world.pool, WAITING, 1).await;
+    gate.add_permits(1);
+    other.until_answers(1).await;
+    world.service.until_answers(1).await;
+    let second = world.stop(second).await;
+    let first = world.stop(first).await;
+    assert_eq!((first.consumed, second.duplicates), (1, 1));
+    assert_eq!((world.effects(1).await, world.seen(1).await), (1, 2));
+    other.script(|script| assert_eq!(script.words(1), [AnswerKind::Consumed]));
+}
+
+#[tokio::test]
+async fn the_server_does_not_wait_longer_than_the_consumer() {
+    let world = World::<Postgres>::new().await;
+    let subscriber = world.subscriber().await;
+    let running = world.start_with(subscriber.inbox_wait(Duration::from_millis(200)));
+    let lock = Postgres::hold(&world.other_pool().await).await;
+    world.service.deliver(1, "ok");
+    world.service.until_answers(1).await;
+    until(&world.pool, WAITING, 0).await;
+    lock.rollback().await.unwrap();
+    let report = world.stop(running).await;
+    assert_eq!((report.later, world.all_effects().await), (1, 0));
+}
+
+#[tokio::test]
+async fn an_error_that_the_handler_hides_is_not_taken_for_an_effect() {
+    struct Hiding;
+    impl BatchHandler<Postgres> for Hiding {
+        async fn handle_batch(&self, tx: &mut Tx<Postgres>, new: &[Delivered]) -> Vec<Answer> {
+            for message in new {
+                let sql = match message.payload.as_ref() {
+                    b"ends" => "COMMIT",
+                    _ => "INSERT INTO there_is_no_such_table VALUES (1)",
+                };
+                let _ = sqlx::raw_sql(sql).execute(&mut *tx).await;
+            }
+            vec![Answer::Consumed; new.len()]
+        }
+    }
+    let world = World::<Postgres>::new().await;
+    let subscriber = world.subscriber().await.max_batch(1);
+    let running = tokio::spawn(subscriber.run_batch(Hiding, world.shutdown.clone()));
+    world.service.deliver(1, "fails");
+    world.service.deliver(2, "ends");
+    world.service.until_answers(2).await;
+    let report = world.stop(running).await;
+    assert_eq!((report.consumed, report.failed), (0, 2));
+    assert_eq!(world.seen(1).await, 0);
+    world.service.script(|script| {
+        assert!(script.reason(1).starts_with("a statement failed"));
+        assert_eq!(script.reason(2), "the handler ended the transaction");
+    });
+}
+
+#[tokio::test]
+async fn a_transaction_is_durable_whatever_the_pools_defaults_are() {
+    struct Asking;
+    impl BatchHandler<Postgres> for Asking {
+        async fn handle_batch(&self, tx: &mut Tx<Postgres>, new: &[Delivered]) -> Vec<Answer> {
+            let settings: (String, String, String) = sqlx::query_as(
+                "SELECT current_setting('synchronous_commit'), current_setting('lock_timeout'),
+                        current_setting('transaction_isolation')",
+            )
+            .fetch_one(tx)
+            .await
+            .unwrap();
+            let (synchronous_commit, lock_timeout, isolation) = settings;
+            let text = format!("{synchronous_commit} {lock_timeout} {isolation}");
+            vec![Answer::Rejected(text); new.len()]
+        }
+    }
+    let world = World::<Postgres>::new().await;
+    let subscriber = Consumer::connect(handfast(world.service.address()))
+        .await
+        .unwrap()
+        .subscription("payment.completed", "accounting")
+        .inbox(careless(&world).await);
+    let running = tokio::spawn(subscriber.run_batch(Asking, world.shutdown.clone()));
+    world.service.deliver(1, "ok");
+    world.service.until_answers(1).await;
+    world.stop(running).await;
+    world
+        .service
+        .script(|script| assert_eq!(script.reason(1), "on 0 read committed"));
+}
+
+#[tokio::test]
+async fn pruning_takes_old_rows_of_the_subscription_and_waits_for_nobody() {
+    let world = World::<Postgres>::new().await;
+    world
+        .run(
+            "INSERT INTO handfast_inbox (subscription, message_id, at)
+             SELECT subscription, gen_random_uuid(), now() - n * interval '1 hour'
+               FROM generate_series(1, 30) AS n, unnest('{points,accounting}'::text[]) AS subscription",
+        )
+        .await;
+    let mut other = world.pool.begin().await.unwrap();
+    let _held: Uuid = sqlx::query_scalar(
+        "SELECT message_id FROM handfast_inbox WHERE subscription = 'points'
+          ORDER BY at LIMIT 1 FOR UPDATE",
+    )
+    .fetch_one(&mut *other)
+    .await
+    .unwrap();
+    let mut db = world.pool.acquire().await.unwrap();
+    let ten_hours_ago = world.now - 10 * 3_600 * 1_000_000;
+    let mut pruned = Vec::new();
+    for _ in 0..3 {
+        let rows = Postgres::prune(&mut db, "points", ten_hours_ago, 15).await;
+        pruned.push(rows.unwrap());
+    }
+    other.rollback().await.unwrap();
+    // 20 are older, one of them is held.
+    assert_eq!(pruned, [15, 4, 0]);
+    let left = "SELECT count(*) FROM handfast_inbox WHERE subscription = 'points'";
+    assert_eq!(Postgres::count(&world.pool, left).await, 11);
+    assert_eq!(
+        Postgres::count(&world.pool, "SELECT count(*) FROM handfast_inbox").await,
+        41
+    );
+}
