@@ -201,6 +201,7 @@ impl<W: Work> Task<W> {
         for _ in calls {
             hit(before);
         }
+        self.session.be_patient();
         let answers = self.work.run(&mut self.session, calls).await?;
         for _ in calls {
             hit(after);

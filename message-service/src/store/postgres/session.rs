@@ -144,6 +144,9 @@ pub(super) struct Session {
     /// Until when a failed opening is not repeated, and what it said.
     closed_until: Option<(Instant, String)>,
     repeats: Arc<Repeats>,
+    /// Whether the next statement waits for locked rows. Once one has waited in vain, the rest
+    /// of a batch does not: those who share it have waited long enough.
+    patient: bool,
 }
 
 impl Session {
@@ -156,7 +159,13 @@ impl Session {
             used_at: Instant::now(),
             closed_until: None,
             repeats,
+            patient: true,
         }
+    }
+
+    /// A new batch begins.
+    pub(super) fn be_patient(&mut self) {
+        self.patient = true;
     }
 
     /// Runs one statement as a transaction of its own and returns its rows.
@@ -165,13 +174,14 @@ impl Session {
         sql: &str,
         bind: impl Fn(Bound) -> Bound,
     ) -> Result<Vec<PgRow>, sqlx::Error> {
-        let mut text = sql.to_owned();
         let mut repeats = 0;
         loop {
-            let error = match self
-                .once(bind(sqlx::query(AssertSqlSafe(text.clone()))))
-                .await
-            {
+            let text = if self.patient {
+                sql.to_owned()
+            } else {
+                sql.replace(WAITS, WAITS_NOT)
+            };
+            let error = match self.once(bind(sqlx::query(AssertSqlSafe(text)))).await {
                 Ok(rows) => return Ok(rows),
                 Err(error) => error,
             };
@@ -183,9 +193,7 @@ impl Session {
                         .most
                         .fetch_max(repeats.into(), Ordering::Relaxed);
                 }
-                Trouble::Locked if text == sql && sql.contains(WAITS) => {
-                    text = sql.replace(WAITS, WAITS_NOT);
-                }
+                Trouble::Locked if self.patient && sql.contains(WAITS) => self.patient = false,
                 Trouble::Repeat
                 | Trouble::Poison
                 | Trouble::Locked
