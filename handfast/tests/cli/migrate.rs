@@ -77,3 +77,20 @@ async fn a_server_that_is_not_there_is_named_without_its_password() {
     );
     assert!(!line.contains("secret"), "{line}");
 }
+
+#[tokio::test]
+async fn a_store_on_postgresql_may_be_named_by_the_configuration() {
+    let scratch = Scratch::create().await;
+    let options = scratch.options();
+    let folder = folder(&format!(
+        "[server]\nstore = \"{}\"\nbroker = \"amqp://guest:guest@127.0.0.1:5672/%2f\"\n",
+        options.to_url_lossy()
+    ));
+    let version = Owner::MessageService.latest(Database::Postgres);
+    let name = options.get_database().unwrap();
+    for _ in 0..2 {
+        let said = printed(folder.path(), &["migrate"]).await;
+        assert!(said.contains(name), "{said}");
+        assert!(said.contains(&format!("at version {version}")), "{said}");
+    }
+}
