@@ -80,6 +80,8 @@ pub struct World {
     pub pay_deadline_ms: u64,
     /// Where the service keeps its database, if not in the world's folder.
     pub service_file: Option<PathBuf>,
+    /// What the environment tells the service; it wins over the configuration.
+    pub service_environment: BTreeMap<String, String>,
     // Before the folder, so that everything is dead before it is removed.
     running: BTreeMap<String, Process>,
     folder: TempDir,
@@ -125,6 +127,7 @@ impl World {
             config,
             pay_deadline_ms: 5_000,
             service_file: None,
+            service_environment: BTreeMap::new(),
             running: BTreeMap::new(),
             folder: TempDir::with_prefix("handfast-test-").expect("a temporary folder"),
             host,
@@ -298,6 +301,7 @@ impl World {
                 std::fs::write(&file, text).expect("the configuration can be written");
                 let mut command = Command::new(handfast());
                 command.arg("serve").arg("--config").arg(file);
+                command.envs(&self.service_environment);
                 command
             }
             Party::Payment | Party::Accounting | Party::Points => {
