@@ -1,11 +1,12 @@
 //! The business transaction on PostgreSQL.
 
 use handfast_producer::proto::v1::MessageState;
-use handfast_producer::{FenceError, Outcome, TransactError, Tx};
-use sqlx::Postgres;
+use handfast_producer::{Fence, FenceError, Outcome, TransactError, Tx};
+use sqlx::{AssertSqlSafe, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::{LEVELS, Shop, buy, message, pool};
+use crate::scripted::PATIENCE;
 
 #[tokio::test]
 async fn a_commit_confirms_and_a_failure_cancels_at_every_level() {
@@ -187,4 +188,65 @@ async fn a_database_without_a_fence_is_refused() {
         "{failed}"
     );
     assert!(shop.service.state().calls.is_empty());
+}
+
+#[tokio::test]
+async fn a_server_that_forgets_at_a_power_cut_is_refused() {
+    let shop = Shop::new().await;
+    // A server of its own, because the setting is everybody's.
+    let server = tokio::task::spawn_blocking(handfast_servers::Postgres::start)
+        .await
+        .unwrap()
+        .unwrap();
+    let weak = pool(server.url("postgres").parse().unwrap(), 1);
+    handfast_producer::migrate(&weak).await.unwrap();
+    for setting in ["fsync", "full_page_writes"] {
+        for value in ["off", "on"] {
+            for sql in [
+                format!("ALTER SYSTEM SET {setting} = {value}"),
+                "SELECT pg_reload_conf()".to_owned(),
+            ] {
+                sqlx::raw_sql(AssertSqlSafe(sql))
+                    .execute(&weak)
+                    .await
+                    .unwrap();
+            }
+            // A session hears of it some time later.
+            let heard = async { while found(&weak, setting).await != value {} };
+            tokio::time::timeout(PATIENCE, heard).await.unwrap();
+            let opened = Fence::open(&weak).await;
+            match value {
+                "off" => assert!(matches!(opened, Err(FenceError::NotDurable { .. }))),
+                _ => drop(opened.unwrap()),
+            }
+            if value == "off" {
+                let failed = shop
+                    .producer
+                    .transact(&weak, message(), async |tx| buy(tx, 42).await)
+                    .await
+                    .unwrap_err();
+                let refused = TransactError::Fence(FenceError::NotDurable {
+                    setting: format!("`{setting}` is off"),
+                    remedy: "set it to on in postgresql.conf",
+                });
+                assert_eq!(
+                    failed.to_string(),
+                    TransactError::<sqlx::Error>::to_string(&refused)
+                );
+            }
+        }
+    }
+    assert!(shop.service.state().calls.is_empty());
+    drop(weak);
+    tokio::task::spawn_blocking(move || drop(server))
+        .await
+        .unwrap();
+}
+
+async fn found(pool: &PgPool, setting: &str) -> String {
+    sqlx::query_scalar("SELECT current_setting($1)")
+        .bind(setting)
+        .fetch_one(pool)
+        .await
+        .unwrap()
 }
