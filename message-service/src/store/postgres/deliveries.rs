@@ -444,3 +444,55 @@ pub(super) async fn overdue(
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng as _;
+
+    use super::*;
+
+    const NOW: Timestamp = Timestamp::from_micros(1_000_000_000);
+
+    fn next(now: Timestamp, free: Option<Timestamp>) -> NextDue {
+        NextDue {
+            now,
+            free,
+            leased: None,
+            alone: None,
+        }
+    }
+
+    fn claim() -> Claim {
+        Claim::new(StdRng::seed_from_u64(1))
+    }
+
+    #[test]
+    fn a_claim_begins_where_the_last_found_nothing_older_until_the_next_full_pass() {
+        let mut claim = claim();
+        assert_eq!(claim.floor("a"), (ALWAYS, true));
+        let oldest = NOW.before(Duration::from_secs(100));
+        claim.mark("a", &next(NOW, Some(oldest)), true);
+        assert_eq!(claim.floor("a"), (oldest.before(STATEMENT_SLACK), false));
+        // What is due only later does not hide what is made due now.
+        let later = NOW.after(Duration::from_secs(100));
+        claim.mark("a", &next(NOW, Some(later)), false);
+        assert_eq!(claim.floor("a"), (NOW.before(STATEMENT_SLACK), false));
+        assert_eq!(claim.floor("b"), (ALWAYS, true), "per subscription");
+        for mark in claim.marks.values_mut() {
+            mark.full_pass -= FULL_PASS_EVERY;
+        }
+        assert_eq!(claim.floor("a"), (ALWAYS, true));
+    }
+
+    #[test]
+    fn after_a_clock_went_back_everything_is_looked_at() {
+        let mut claim = claim();
+        claim.mark("a", &next(NOW, None), true);
+        claim.mark(
+            "a",
+            &next(NOW.before(Duration::from_secs(3_600)), None),
+            false,
+        );
+        assert_eq!(claim.floor("a").0, ALWAYS);
+    }
+}

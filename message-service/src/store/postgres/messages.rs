@@ -131,28 +131,38 @@ struct Place {
 
 /// What is answered so far.
 struct Answers {
-    calls: Vec<(Vec<Option<ItemResult>>, BTreeSet<String>, Option<Error>)>,
+    calls: Vec<CallAnswers>,
+}
+
+struct CallAnswers {
+    items: Vec<Option<ItemResult>>,
+    topics: BTreeSet<String>,
+    failure: Option<Error>,
 }
 
 impl Answers {
     fn new(lengths: impl Iterator<Item = usize>) -> Self {
         let calls = lengths
-            .map(|length| (vec![None; length], BTreeSet::new(), None))
+            .map(|length| CallAnswers {
+                items: vec![None; length],
+                topics: BTreeSet::new(),
+                failure: None,
+            })
             .collect();
         Self { calls }
     }
 
     fn item(&mut self, place: Place, result: ItemResult) {
-        self.calls[place.call].0[place.item] = Some(result);
+        self.calls[place.call].items[place.item] = Some(result);
     }
 
     fn topic(&mut self, place: Place, topic: &str) {
-        self.calls[place.call].1.insert(topic.to_owned());
+        self.calls[place.call].topics.insert(topic.to_owned());
     }
 
     /// A row that cannot be understood fails the call that asked about it.
     fn fail(&mut self, place: Place, error: Error) {
-        self.calls[place.call].2.get_or_insert(error);
+        self.calls[place.call].failure.get_or_insert(error);
     }
 
     fn finish(
@@ -163,12 +173,13 @@ impl Answers {
         for place in given_up {
             self.fail(place, moved_on(doing));
         }
-        let finish = |(items, topics, failure): (Vec<_>, _, Option<Error>)| {
-            if let Some(error) = failure {
+        let finish = |call: CallAnswers| {
+            if let Some(error) = call.failure {
                 return Err(error);
             }
-            let items: Option<Vec<ItemResult>> = items.into_iter().collect();
+            let items: Option<Vec<ItemResult>> = call.items.into_iter().collect();
             let items = items.ok_or_else(|| moved_on(doing))?;
+            let topics = call.topics;
             Ok(Written { items, topics })
         };
         self.calls.into_iter().map(finish).collect()

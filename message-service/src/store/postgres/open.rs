@@ -41,7 +41,8 @@ const READERS: usize = 4;
 /// Which database, and how many connections may read from it. Shown without its password.
 #[derive(Clone)]
 pub struct Address {
-    options: PgConnectOptions,
+    // Shared, because it is part of every error and large.
+    options: Arc<PgConnectOptions>,
     readers: usize,
 }
 
@@ -68,10 +69,11 @@ impl FromStr for Address {
 
 impl From<PgConnectOptions> for Address {
     fn from(options: PgConnectOptions) -> Self {
+        let options = options
+            .application_name("handfast")
+            .statement_cache_capacity(256);
         Self {
-            options: options
-                .application_name("handfast")
-                .statement_cache_capacity(256),
+            options: Arc::new(options),
             readers: READERS,
         }
     }
@@ -194,7 +196,7 @@ impl PostgresStore {
     }
 
     fn start(address: &Address, clock: Arc<dyn Clock>, seed: u64, identity: Uuid) -> Self {
-        let options = Arc::new(address.options.clone());
+        let options = Arc::clone(&address.options);
         let repeats = Arc::new(Repeats::default());
         let session = |used| Session::new(Arc::clone(&options), used, Arc::clone(&repeats));
         let bucket = Arc::new(Current::default());

@@ -211,8 +211,7 @@ async fn two_claims_of_two_processes_share_nothing() {
 async fn cancelled_calls_leave_no_session_inside_a_transaction() {
     let harness = ready().await;
     let clock = Arc::new(SystemClock::new());
-    let address: Address = harness.database.url().parse().unwrap();
-    let address = address.readers(1);
+    let address = Address::from(harness.database.options()).readers(1);
     let store = PostgresStore::open(address, clock, 3).await.unwrap();
     let mut rng = StdRng::seed_from_u64(5);
     for n in 1..=1_000_u128 {
