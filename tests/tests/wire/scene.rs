@@ -68,7 +68,7 @@ impl Scene {
             .topic(TOPIC)
             .subscription(ACCOUNTING, TOPIC);
         let told = [
-            ("HANDFAST_STORE", store.url()),
+            ("HANDFAST_STORE", store.url.clone()),
             ("HANDFAST_BROKER", Deployment::url()),
             ("HANDFAST_DEPLOYMENT", deployment.name.clone()),
         ];
@@ -97,7 +97,7 @@ impl Scene {
     pub(crate) fn start_status(&mut self) {
         let address = self.world.address(STATUS_PORT).to_string();
         let mut command = Python::ready().program("status.py");
-        command.args(["--listen", &address, "--database", &self.shop.url()]);
+        command.args(["--listen", &address, "--database", &self.shop.url]);
         self.start("status", command);
     }
 
@@ -108,7 +108,7 @@ impl Scene {
             .args(["--amqp", &Deployment::url()])
             .args(["--deployment", &self.deployment.name])
             .args(["--subscription", ACCOUNTING])
-            .args(["--database", &self.books.url()])
+            .args(["--database", &self.books.url])
             .env("DIE_WHEN", die_when);
         self.start(ACCOUNTING, command);
     }
@@ -144,7 +144,7 @@ impl Scene {
         let handfast = self.world.service_url().replace("http://", "");
         let mut command = Python::ready().program("producer.py");
         command
-            .args(["--handfast", &handfast, "--database", &self.shop.url()])
+            .args(["--handfast", &handfast, "--database", &self.shop.url])
             .args(["--account", account])
             .args(words)
             .args(orders);

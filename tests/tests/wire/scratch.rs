@@ -1,15 +1,16 @@
 //! Databases and a deployment of a test's own, on the servers that the environment names.
 
+use lapin::ConnectionProperties;
 use lapin::options::QueueDeleteOptions;
-use lapin::{Connection, ConnectionProperties};
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
-use sqlx::{AssertSqlSafe, ConnectOptions as _};
+use sqlx::postgres::{PgPool, PgPoolOptions};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use uuid::Uuid;
 
 /// A new database; it goes when this is dropped, with everybody who is connected to it.
 pub(crate) struct Database {
-    server: PgConnectOptions,
     name: String,
+    /// How others find it.
+    pub(crate) url: String,
     /// For the test itself.
     pub(crate) pool: PgPool,
 }
@@ -17,30 +18,37 @@ pub(crate) struct Database {
 impl Database {
     /// A database with this in it.
     pub(crate) async fn with(schema: &str) -> Self {
-        let server: PgConnectOptions = server("HANDFAST_TEST_POSTGRES").parse().unwrap();
         let name = format!("handfast_test_{}", Uuid::new_v4().simple());
-        run(&server, format!("CREATE DATABASE {name}")).await;
-        let options = server.clone().database(&name);
+        run(&postgres(), format!("CREATE DATABASE {name}")).await;
+        let url = with_database(&postgres(), &name);
         let pool = PgPoolOptions::new()
             .max_connections(2)
-            .connect_lazy_with(options.clone());
-        let database = Self { server, name, pool };
-        run(&options, schema.to_owned()).await;
+            .connect_lazy(&url)
+            .unwrap();
+        let database = Self { name, url, pool };
+        run(&database.url, schema.to_owned()).await;
         database
-    }
-
-    /// How others find it.
-    pub(crate) fn url(&self) -> String {
-        let options = self.server.clone().database(&self.name);
-        options.to_url_lossy().to_string()
     }
 }
 
 impl Drop for Database {
     fn drop(&mut self) {
         let sql = format!("DROP DATABASE {} WITH (FORCE)", self.name);
-        let server = self.server.clone();
-        finally(async move { run(&server, sql).await });
+        finally(async move { run(&postgres(), sql).await });
+    }
+}
+
+fn postgres() -> String {
+    server("HANDFAST_TEST_POSTGRES")
+}
+
+/// The same URL with another database. What sqlx makes of its options is not for everybody.
+fn with_database(url: &str, name: &str) -> String {
+    let (place, options) = url.split_once('?').unwrap_or((url, ""));
+    let (server, _) = place.rsplit_once('/').unwrap();
+    match options {
+        "" => format!("{server}/{name}"),
+        options => format!("{server}/{name}?{options}"),
     }
 }
 
@@ -71,9 +79,10 @@ impl Drop for Deployment {
     fn drop(&mut self) {
         let queues = std::mem::take(&mut self.queues);
         finally(async move {
-            let connection = Connection::connect(&Self::url(), ConnectionProperties::default())
-                .await
-                .unwrap();
+            let connection =
+                lapin::Connection::connect(&Self::url(), ConnectionProperties::default())
+                    .await
+                    .unwrap();
             let channel = connection.create_channel().await.unwrap();
             for queue in queues {
                 let deleted = channel.queue_delete(queue.into(), QueueDeleteOptions::default());
@@ -104,8 +113,8 @@ fn finally(end: impl Future<Output = ()> + Send + 'static) {
     assert!(ended.is_ok() || std::thread::panicking());
 }
 
-async fn run(server: &PgConnectOptions, sql: String) {
-    let mut connection = server.connect().await.unwrap();
+async fn run(url: &str, sql: String) {
+    let mut connection = PgConnection::connect(url).await.unwrap();
     sqlx::raw_sql(AssertSqlSafe(sql))
         .execute(&mut connection)
         .await
