@@ -7,6 +7,7 @@
     reason = "what supports a test may fail as loudly as the test"
 )]
 
+mod by_hand;
 mod document;
 mod python;
 mod scene;

@@ -51,7 +51,7 @@ pub(crate) struct Scene {
     pub(crate) books: Database,
     // Only the service uses these.
     _store: Database,
-    deployment: Deployment,
+    pub(crate) deployment: Deployment,
 }
 
 impl Scene {
@@ -61,7 +61,7 @@ impl Scene {
         let shop = Database::with(&(fence + SHOP)).await;
         let books = Database::with(&(inbox + BOOKS)).await;
         let store = Database::with("").await;
-        let deployment = Deployment::new(&[ACCOUNTING]);
+        let deployment = Deployment::new(&[ACCOUNTING, "guarded"]);
         let mut world = World::bare(Config::empty());
         world.config = Config::empty()
             .producer("payment", world.address(STATUS_PORT))

@@ -1,7 +1,11 @@
 //! Databases and a deployment of a test's own, on the servers that the environment names.
 
-use lapin::ConnectionProperties;
-use lapin::options::QueueDeleteOptions;
+use lapin::options::{
+    BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Confirmation, ConnectionProperties};
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use uuid::Uuid;
@@ -69,6 +73,11 @@ impl Deployment {
         }
     }
 
+    /// The queue of a subscription, or of answers.
+    pub(crate) fn queue(&self, name: &str) -> String {
+        format!("{}.{name}", self.name)
+    }
+
     /// Where its RabbitMQ is.
     pub(crate) fn url() -> String {
         server("HANDFAST_TEST_AMQP")
@@ -79,16 +88,69 @@ impl Drop for Deployment {
     fn drop(&mut self) {
         let queues = std::mem::take(&mut self.queues);
         finally(async move {
-            let connection =
-                lapin::Connection::connect(&Self::url(), ConnectionProperties::default())
-                    .await
-                    .unwrap();
-            let channel = connection.create_channel().await.unwrap();
+            let rabbit = Rabbit::connect().await;
             for queue in queues {
-                let deleted = channel.queue_delete(queue.into(), QueueDeleteOptions::default());
+                let options = QueueDeleteOptions::default();
+                let deleted = rabbit.channel.queue_delete(queue.into(), options);
                 deleted.await.unwrap();
             }
         });
+    }
+}
+
+/// RabbitMQ, by hand.
+pub(crate) struct Rabbit {
+    channel: Channel,
+    _connection: lapin::Connection,
+}
+
+impl Rabbit {
+    /// With publisher confirms.
+    pub(crate) async fn connect() -> Self {
+        let properties = ConnectionProperties::default();
+        let connection = lapin::Connection::connect(&Deployment::url(), properties)
+            .await
+            .unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        let confirm = ConfirmSelectOptions::default();
+        channel.confirm_select(confirm).await.unwrap();
+        Self {
+            channel,
+            _connection: connection,
+        }
+    }
+
+    /// Declares a quorum queue, as the service would.
+    pub(crate) async fn declare(&self, queue: String, limit: Option<i32>) {
+        let mut arguments = FieldTable::default();
+        let quorum = AMQPValue::LongString("quorum".into());
+        arguments.insert("x-queue-type".into(), quorum);
+        if let Some(limit) = limit {
+            arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(limit));
+        }
+        let options = QueueDeclareOptions::durable();
+        let declared = self.channel.queue_declare(queue.into(), options, arguments);
+        declared.await.unwrap();
+    }
+
+    /// Puts a message into a queue that is there.
+    pub(crate) async fn put(&self, queue: String, properties: BasicProperties, body: &[u8]) {
+        let mandatory = BasicPublishOptions {
+            mandatory: true,
+            ..BasicPublishOptions::default()
+        };
+        let published =
+            self.channel
+                .basic_publish("".into(), queue.into(), mandatory, body, properties);
+        let confirm = published.await.unwrap().await.unwrap();
+        assert_eq!(confirm, Confirmation::Ack(None));
+    }
+
+    /// Takes a message out of a queue.
+    pub(crate) async fn take(&self, queue: String) -> Option<Vec<u8>> {
+        let options = BasicGetOptions { no_ack: true };
+        let taken = self.channel.basic_get(queue.into(), options).await.unwrap();
+        taken.map(|message| message.delivery.data)
     }
 }
 
