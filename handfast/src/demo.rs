@@ -1,20 +1,23 @@
 //! `handfast demo`: payments while every process is killed, and then the sums.
 //!
 //! Four processes of this binary (service, payment, accounting, points) work on SQLite files
-//! of their own. A plan drawn from a seed says what is asked of them and how each of them dies;
+//! of their own, or on databases of their own in PostgreSQL and names of their own in RabbitMQ,
+//! to which all connections are cut on the way. A plan drawn from a seed says what is asked of them and how each of them dies;
 //! every death is SIGKILL or `abort` at a fail point. At the end, nothing that they said counts:
 //! the numbers are read from their databases.
 //!
-//! Reading order: [`plan`], [`home`], [`party`], [`kill`], [`load`], [`audit`], [`verdict`],
+//! Reading order: [`plan`], [`engines`], [`home`], [`party`], [`kill`], [`load`], [`audit`], [`verdict`],
 //! [`report`].
 
 mod audit;
+mod engines;
 mod home;
 mod kill;
 mod load;
 mod party;
 mod plan;
 mod progress;
+mod proxy;
 mod report;
 mod tally;
 mod verdict;
@@ -29,8 +32,10 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
+use tokio_util::task::AbortOnDropHandle;
 
 use audit::Books;
+use engines::Engines;
 use home::Home;
 use kill::{Crew, Stage};
 use load::Answers;
@@ -39,6 +44,7 @@ use progress::Progress;
 use tally::Tally;
 use verdict::Verdict;
 
+pub(crate) use engines::Wanted;
 pub(crate) use party::{SUBCOMMAND, watch_parent};
 pub(crate) use plan::MAX_PAYMENTS;
 
@@ -51,12 +57,14 @@ const LOOK: Duration = Duration::from_millis(50);
 const LAST_CALL_AFTER: Duration = Duration::from_millis(300);
 
 /// What is asked for.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Options {
     /// How many orders are to be paid.
     pub(crate) payments: u64,
     /// Repeats a plan; drawn by chance if it is missing.
     pub(crate) seed: Option<u64>,
+    /// What it works on.
+    pub(crate) wanted: Wanted,
     /// Where the files stay.
     pub(crate) keep: Option<PathBuf>,
     /// The result as one JSON object.
@@ -78,10 +86,16 @@ pub(crate) enum Error {
     UsedFolder { file: PathBuf },
     #[error("cannot find three free ports between 15000 and 30000; end what listens there")]
     NoPort,
+    #[error(
+        "cannot make databases for the demo: {0}; see that the server of --store runs and lets us create databases"
+    )]
+    Postgres(sqlx::Error),
+    #[error("cannot use RabbitMQ: {0}; see that the server of --broker runs and lets us in")]
+    RabbitMq(String),
     #[error("cannot make the accounts of payment: {0}")]
     Accounts(#[from] payment::Error),
-    #[error("cannot open the accounts of payment: {0}")]
-    OpenAccounts(sqlx::Error),
+    #[error("cannot read the address of payment's database: {0}")]
+    Database(String),
     #[error("cannot start {role}: {source}")]
     Start { role: Role, source: std::io::Error },
     #[error("cannot wait for {role}: {source}")]
@@ -128,8 +142,9 @@ pub(crate) async fn run<S>(
     let seed = options
         .seed
         .unwrap_or_else(|| u64::from(chance.random::<u32>()));
-    let plan = Arc::new(Plan::draw(seed, options.payments));
-    let home = Arc::new(Home::make(options.keep.as_deref(), &mut chance)?);
+    let engines = Engines::make(options.wanted, &mut chance).await?;
+    let plan = Arc::new(Plan::draw(seed, options.payments, engines.is_production()));
+    let home = Arc::new(Home::make(options.keep.as_deref(), engines, &mut chance)?);
     let opening = report::opening(&plan, &home);
     if options.json {
         // If nobody can read it, the run goes on all the same.
@@ -147,6 +162,7 @@ pub(crate) async fn run<S>(
     if let Some(crew) = crew {
         crew.end().await;
     }
+    home.engines().remove().await;
     let (verdict, elapsed_s) = match outcome? {
         Ok(verdict) => verdict,
         Err(signal) => return Ok(Some(signal)),
@@ -207,6 +223,12 @@ impl Run {
             &self.stage.subscribe(),
             &self.tally,
         ));
+        let cutting = AbortOnDropHandle::new(tokio::spawn(cut_on_the_way(
+            Arc::clone(&self.home),
+            Arc::clone(&self.tally),
+            self.stage.subscribe(),
+            self.plan.orders.len() as u64,
+        )));
         tokio::select! {
             loaded = load::run(
                 &self.home,
@@ -218,6 +240,7 @@ impl Run {
             error = crew.failed() => return Err(error),
             () = self.standstill() => {}
         }
+        drop(cutting);
         self.settle(crew).await?;
         crew.stop().await?;
         drop(progress);
@@ -232,14 +255,10 @@ impl Run {
 
     /// Gives each user what their orders cost, before payment starts.
     async fn open_accounts(&self) -> Result<(), Error> {
-        let pool = payment::open_database(&self.home.database(Role::Payment)).await?;
-        for (name, balance) in self.plan.opening_balances() {
-            payment::open_account(&pool, &name, balance)
-                .await
-                .map_err(Error::OpenAccounts)?;
-        }
-        pool.close().await;
-        Ok(())
+        let file = self.home.database(Role::Payment);
+        let database = self.home.engines().database(Role::Payment, &file);
+        let database = payment::Database::parse(&database).map_err(Error::Database)?;
+        Ok(payment::open_accounts(&database, self.plan.opening_balances()).await?)
     }
 
     /// Ends when no order was settled for longer than anybody's patience.
@@ -295,11 +314,32 @@ impl Run {
     }
 
     async fn unfinished(&self, books: &mut Option<Books>) -> Result<i64, sqlx::Error> {
+        if self.home.engines().is_production() {
+            // A copy is of the moment in which it was made.
+            *books = None;
+        }
         let books = match books {
             Some(books) => books,
             None => books.insert(Books::open(&self.home).await?),
         };
         books.unfinished().await
+    }
+}
+
+/// Cuts all connections to RabbitMQ when a third of the orders is settled, and when two are.
+async fn cut_on_the_way(
+    home: Arc<Home>,
+    tally: Arc<Tally>,
+    mut stage: watch::Receiver<Stage>,
+    orders: u64,
+) {
+    for at in [orders / 3, orders * 2 / 3] {
+        if stage.wait_for(|stage| stage.settled >= at).await.is_err() {
+            return;
+        }
+        if home.engines().cut() {
+            tally.cut();
+        }
     }
 }
 

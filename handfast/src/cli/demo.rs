@@ -20,7 +20,9 @@ use crate::demo;
         Examples:\n  \
         handfast demo\n  \
         handfast demo --payments 5000 --seed 7 --keep /tmp/handfast-demo\n  \
-        handfast demo --json | tail -n 1"
+        handfast demo --json | tail -n 1\n  \
+        handfast demo --store postgres://postgres@127.0.0.1/postgres \\\n    \
+        --broker amqp://guest:guest@127.0.0.1:5672/%2f"
 )]
 pub(super) struct Args {
     /// How many orders are to be paid
@@ -36,13 +38,15 @@ pub(super) struct Args {
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
 
-    /// Where the service keeps messages: sqlite (postgres://… not yet)
-    #[arg(long, value_name = "STORE", default_value = "sqlite", value_parser = store)]
-    store: Engine,
+    /// Where messages are kept: sqlite, or the URL of a PostgreSQL server, on which the demo makes
+    /// databases of its own and removes them at the end
+    #[arg(long, value_name = "URL", default_value = "sqlite")]
+    store: String,
 
-    /// What carries deliveries: embedded (amqp://… not yet)
-    #[arg(long, value_name = "BROKER", default_value = "embedded", value_parser = broker)]
-    broker: Engine,
+    /// What carries deliveries: embedded, or with a postgres:// store an amqp:// URL; names of its
+    /// own are removed at the end
+    #[arg(long, value_name = "URL", default_value = "embedded")]
+    broker: String,
 
     /// Keep databases and logs in this folder, which must not hold those of a former run
     #[arg(long, value_name = "DIR")]
@@ -53,32 +57,28 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// Which store or broker was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Engine {
-    Embedded,
-    /// Understood, and not there yet; the scheme of its URL.
-    Later(&'static str),
-}
-
-fn store(text: &str) -> Result<Engine, String> {
-    engine(text, "sqlite", &["postgres", "postgresql"])
-}
-
-fn broker(text: &str) -> Result<Engine, String> {
-    engine(text, "embedded", &["amqp", "amqps"])
-}
-
-fn engine(text: &str, embedded: &str, later: &[&'static str]) -> Result<Engine, String> {
-    if text == embedded {
-        return Ok(Engine::Embedded);
+/// The pair of engines that was asked for. The error repeats no URL, which may carry a password.
+fn engines(store: &str, broker: &str) -> Result<demo::Wanted, String> {
+    let starts = |text: &str, schemes: &[&str]| schemes.iter().any(|s| text.starts_with(s));
+    let on_postgres = match store {
+        "sqlite" => false,
+        url if starts(url, &["postgres://", "postgresql://"]) => true,
+        _ => return Err("--store: use sqlite or postgres://…".to_owned()),
+    };
+    let on_rabbitmq = match broker {
+        "embedded" => false,
+        url if starts(url, &["amqp://", "amqps://"]) => true,
+        _ => return Err("--broker: use embedded or amqp://…".to_owned()),
+    };
+    match (on_postgres, on_rabbitmq) {
+        (false, false) => Ok(demo::Wanted::Embedded),
+        (true, true) => demo::Wanted::production(store, broker),
+        (true, false) | (false, true) => Err(
+            "--store and --broker do not go together; use sqlite with embedded, or postgres://… \
+             with amqp://…"
+                .to_owned(),
+        ),
     }
-    let scheme = text.split_once("://").map(|(scheme, _)| scheme);
-    later
-        .iter()
-        .find(|known| scheme == Some(known))
-        .map(|known| Engine::Later(known))
-        .ok_or_else(|| format!("use {embedded}"))
 }
 
 /// Runs the demo and says with the exit code how it ended.
@@ -94,19 +94,10 @@ pub(super) fn run(args: Args) -> ExitCode {
 }
 
 fn carry_out(args: Args) -> Result<Option<SignalKind>, Failure> {
-    for (engine, flag, embedded) in [
-        (args.store, "--store", "sqlite"),
-        (args.broker, "--broker", "embedded"),
-    ] {
-        if let Engine::Later(scheme) = engine {
-            return Err(Failure(format!(
-                "cannot run the demo with {flag} {scheme}://…: not yet; use {flag} {embedded}"
-            )));
-        }
-    }
     let options = demo::Options {
         payments: args.payments,
         seed: args.seed,
+        wanted: engines(&args.store, &args.broker).map_err(Failure)?,
         keep: args.keep,
         json: args.json,
     };
@@ -192,11 +183,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn engines_are_there_not_there_yet_or_unknown() {
-        assert_eq!(store("sqlite"), Ok(Engine::Embedded));
-        assert_eq!(store("postgres://u:p@h/d"), Ok(Engine::Later("postgres")));
-        assert_eq!(broker("amqps://h"), Ok(Engine::Later("amqps")));
-        assert!(broker("sqlite").is_err());
-        assert!(!store("mysql://u:secret@h").unwrap_err().contains("secret"));
+    fn only_the_two_pairs_are_taken() {
+        let wrong = |store, broker| engines(store, broker).err().unwrap();
+        assert!(engines("sqlite", "embedded").is_ok());
+        assert!(engines("postgres://u:p@h/d", "amqp://h").is_ok());
+        for (store, broker) in [
+            ("mysql://u:secret@h", "embedded"),
+            ("sqlite", "kafka://u:secret@h"),
+            ("sqlite", "amqp://u:secret@h"),
+            ("postgres://u:secret@h/d", "embedded"),
+            ("postgres://u:secret@h/d", "amqps://u:secret@h"),
+        ] {
+            let why = wrong(store, broker);
+            assert!(!why.contains("secret") && why.lines().count() == 1, "{why}");
+        }
     }
 }

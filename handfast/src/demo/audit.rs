@@ -3,6 +3,9 @@
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
 
+mod mirror;
+
+use super::engines::Engines;
 use super::home::Home;
 use super::plan::Role;
 
@@ -48,7 +51,7 @@ pub(crate) struct Numbers {
     pub(crate) unfinished: i64,
 }
 
-/// The databases, attached to one connection that cannot write.
+/// The databases, attached to one connection that cannot write; or a copy of those on a server.
 pub(crate) struct Books {
     db: SqliteConnection,
 }
@@ -75,8 +78,12 @@ const UNBALANCED: &str = "
                     WHERE voucher = voucher.id), -1) <> 0";
 
 impl Books {
-    /// Opens them. The files have to exist.
+    /// Opens them. They have to exist. A copy tells of this moment only.
     pub(crate) async fn open(home: &Home) -> Result<Self, sqlx::Error> {
+        if home.engines().is_production() {
+            let db = mirror::copy(home.engines()).await?;
+            return Ok(Self { db });
+        }
         // What is attached inherits that it is only read.
         let mut db = SqliteConnectOptions::new()
             .filename(home.database(Role::Service))

@@ -1,4 +1,4 @@
-//! Where a run lives: its folder, its files, its ports, and the shortened timers.
+//! Where a run lives: its folder, its files, its ports, its engines.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -7,25 +7,8 @@ use rand::Rng;
 use tempfile::TempDir;
 
 use super::Error;
+use super::engines::{Engines, Timers};
 use super::plan::Role;
-
-/// The test timers, in milliseconds; the design's rules between them hold as with the
-/// defaults: publisher confirm < handler < lease < resend.
-pub(crate) const CHECK_AFTER_MS: u64 = 500;
-/// How long a send may take.
-pub(crate) const PUBLISHER_CONFIRM_MS: u64 = 1_000;
-/// How long a consumer's transaction may take.
-pub(crate) const HANDLER_MS: u64 = 1_500;
-/// How long a claim belongs to its claimer.
-pub(crate) const LEASE_MS: u64 = 2_000;
-/// When silence is looked at.
-pub(crate) const RESEND_AFTER_MS: u64 = 3_000;
-/// Every wait between two attempts.
-pub(crate) const STEP_MS: u64 = 3_000;
-/// How much later than a lost delivery an answered one was sent.
-pub(crate) const PASSED_BY_MS: u64 = 1_000;
-/// How long after a start nothing is resent.
-pub(crate) const START_GRACE_MS: u64 = 1_000;
 
 /// Ports are taken below the range from which systems take the ports of outgoing connections:
 /// one of those could sit on the port of a process that is dead at the moment.
@@ -34,9 +17,9 @@ const PORTS: std::ops::Range<u16> = 15_000..30_000;
 const MAX_PORT_TRIES: u32 = 30_000;
 
 /// The folder of a run.
-#[derive(Debug)]
 pub(crate) struct Home {
     path: PathBuf,
+    engines: Engines,
     /// Removes the folder when it is dropped, unless the folder is to be kept.
     temporary: Option<TempDir>,
     ports: Ports,
@@ -52,7 +35,11 @@ struct Ports {
 impl Home {
     /// Makes the folder: one that goes away at the end, or `keep`, which must not hold files
     /// of a former run.
-    pub(crate) fn make(keep: Option<&Path>, chance: &mut impl Rng) -> Result<Self, Error> {
+    pub(crate) fn make(
+        keep: Option<&Path>,
+        engines: Engines,
+        chance: &mut impl Rng,
+    ) -> Result<Self, Error> {
         let ports = free_ports(chance)?;
         let Some(keep) = keep else {
             let temporary =
@@ -62,6 +49,7 @@ impl Home {
                 })?;
             return Ok(Self {
                 path: temporary.path().to_owned(),
+                engines,
                 temporary: Some(temporary),
                 ports,
             });
@@ -75,6 +63,7 @@ impl Home {
         // they start where we are.
         let home = Self {
             path: keep.to_owned(),
+            engines,
             temporary: None,
             ports,
         };
@@ -97,7 +86,12 @@ impl Home {
         self.temporary.is_none()
     }
 
-    /// The database of one process.
+    /// What it works on.
+    pub(crate) fn engines(&self) -> &Engines {
+        &self.engines
+    }
+
+    /// The file of one process's database, where databases are files.
     pub(crate) fn database(&self, role: Role) -> PathBuf {
         self.path.join(format!("{role}.db"))
     }
@@ -134,16 +128,24 @@ impl Home {
     }
 
     fn config_text(&self) -> String {
-        let store = format!("sqlite:{}", self.database(Role::Service).display());
-        // TOML's basic strings escape as JSON's do.
-        let store = serde_json::Value::from(store);
+        let engines = self.engines.server_lines(&self.database(Role::Service));
+        let Timers {
+            check_after_ms,
+            publisher_confirm_ms,
+            lease_ms,
+            resend_after_ms,
+            step_ms,
+            passed_by_ms,
+            start_grace_ms,
+            ..
+        } = self.engines.timers();
         let (service, status) = (self.service(), self.status());
         let subscriptions: String = [Role::Accounting, Role::Points]
             .iter()
             .map(|role| {
                 format!(
                     "\n[[subscription]]\nname = \"{role}\"\ntopic = \"{topic}\"\n\
-                     schedule_ms = [{STEP_MS}]\n",
+                     schedule_ms = [{step_ms}]\n",
                     topic = payment::pay::TOPIC,
                 )
             })
@@ -153,18 +155,17 @@ impl Home {
              topology_version = 1\n\n\
              [server]\n\
              listen = \"{service}\"\n\
-             store = {store}\n\
-             broker = \"embedded\"\n\
+             {engines}\
              shutdown_deadline_s = 5\n\
-             publisher_confirm_ms = {PUBLISHER_CONFIRM_MS}\n\
-             lease_ms = {LEASE_MS}\n\
-             resend_after_ms = {RESEND_AFTER_MS}\n\
-             passed_by_ms = {PASSED_BY_MS}\n\
-             start_grace_ms = {START_GRACE_MS}\n\n\
+             publisher_confirm_ms = {publisher_confirm_ms}\n\
+             lease_ms = {lease_ms}\n\
+             resend_after_ms = {resend_after_ms}\n\
+             passed_by_ms = {passed_by_ms}\n\
+             start_grace_ms = {start_grace_ms}\n\n\
              [[producer]]\n\
              name = \"{producer}\"\n\
              status_endpoint = \"http://{status}\"\n\
-             check_after_ms = {CHECK_AFTER_MS}\n\n\
+             check_after_ms = {check_after_ms}\n\n\
              [[topic]]\n\
              name = \"{topic}\"\n\
              producers = [\"{producer}\"]\n\
@@ -209,7 +210,7 @@ mod tests {
 
     #[test]
     fn the_service_understands_its_configuration() {
-        let home = Home::make(None, &mut StdRng::seed_from_u64(1)).unwrap();
+        let home = Home::make(None, Engines::Embedded, &mut StdRng::seed_from_u64(1)).unwrap();
         let config = Config::parse(&home.config_text(), "x", Settings::default()).unwrap();
         assert_eq!(config.server.listen, home.service());
         let topology = config.topology.unwrap();
@@ -222,15 +223,18 @@ mod tests {
         let dir = TempDir::new().unwrap();
         let keep = dir.path().join("new/folder");
         let chance = &mut StdRng::seed_from_u64(1);
-        let home = Home::make(Some(&keep), chance).unwrap();
+        let home = Home::make(Some(&keep), Engines::Embedded, chance).unwrap();
         home.write_config().unwrap();
-        let error = Home::make(Some(&keep), chance).unwrap_err().to_string();
+        let error = Home::make(Some(&keep), Engines::Embedded, chance)
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains("handfast.toml"), "{error}");
     }
 
     #[test]
     fn a_temporary_folder_goes_away() {
-        let home = Home::make(None, &mut StdRng::seed_from_u64(1)).unwrap();
+        let home = Home::make(None, Engines::Embedded, &mut StdRng::seed_from_u64(1)).unwrap();
         let path = home.path().to_owned();
         home.write_config().unwrap();
         assert!(path.exists() && !home.is_kept());

@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn an_order_has_one_answer_and_a_second_one_is_noticed() {
-        let plan = Plan::draw(1, 100);
+        let plan = Plan::draw(1, 100, false);
         let answers = Answers::none(&plan);
         let index = plan.orders.iter().position(|order| !order.is_too_much());
         let index = index.unwrap();

@@ -18,7 +18,7 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::timeout;
 
 use super::Error;
-use super::home::{HANDLER_MS, Home};
+use super::home::Home;
 use super::plan::{Death, Role};
 
 /// The hidden subcommand that runs one process of the demo.
@@ -163,7 +163,9 @@ impl Party {
 /// What the hidden subcommand is told.
 fn arguments(role: Role, home: &Home) -> Vec<OsString> {
     let service = format!("http://{}", home.service());
-    let database = home.database(role);
+    let database = home.engines().database(role, &home.database(role));
+    let (source, deployment) = home.engines().source(&service);
+    let handler_ms = home.engines().timers().handler_ms.to_string();
     let list = |items: &[&dyn AsRef<std::ffi::OsStr>]| {
         items
             .iter()
@@ -189,12 +191,14 @@ fn arguments(role: Role, home: &Home) -> Vec<OsString> {
         ]),
         Role::Accounting | Role::Points => list(&[
             &role.name(),
-            &"--service",
-            &service,
+            &"--source",
+            &source,
+            &"--deployment",
+            &deployment,
             &"--database",
             &database,
             &"--handler-timeout-ms",
-            &HANDLER_MS.to_string(),
+            &handler_ms,
         ]),
     }
 }

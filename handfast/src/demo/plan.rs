@@ -152,12 +152,13 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// Draws a plan.
-    pub(crate) fn draw(seed: u64, payments: u64) -> Self {
+    pub(crate) fn draw(seed: u64, payments: u64, on_servers: bool) -> Self {
         let mut chance = StdRng::seed_from_u64(seed);
         let payments = payments.clamp(1, MAX_PAYMENTS) as usize;
         let orders = orders(&mut chance, payments);
         let requests = requests(&mut chance, payments);
-        let lives = Role::ALL.map(|role| deaths::draw(&mut chance, role, payments as u64));
+        let lives =
+            Role::ALL.map(|role| deaths::draw(&mut chance, role, payments as u64, on_servers));
         Self {
             seed,
             orders,
@@ -284,14 +285,20 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_plan_and_another_seed_another() {
         for payments in [1, 50, 1_000] {
-            assert_eq!(Plan::draw(7, payments), Plan::draw(7, payments));
+            assert_eq!(
+                Plan::draw(7, payments, false),
+                Plan::draw(7, payments, false)
+            );
         }
-        assert_ne!(Plan::draw(7, 1_000).lives, Plan::draw(8, 1_000).lives);
+        assert_ne!(
+            Plan::draw(7, 1_000, false).lives,
+            Plan::draw(8, 1_000, false).lives
+        );
     }
 
     #[test]
     fn every_order_is_asked_for_first_once_and_again_only_later() {
-        let plan = Plan::draw(3, 1_000);
+        let plan = Plan::draw(3, 1_000, false);
         let mut asked = HashSet::new();
         for request in &plan.requests {
             let is_new = asked.insert(request.order);
@@ -304,7 +311,7 @@ mod tests {
 
     #[test]
     fn no_money_appears_or_goes_away() {
-        let plan = Plan::draw(3, 500);
+        let plan = Plan::draw(3, 500, false);
         let sum = |balances: Vec<(String, i64)>| balances.iter().map(|(_, b)| b).sum::<i64>();
         assert_eq!(sum(plan.opening_balances()), sum(plan.closing_balances()));
         const { assert!(MIN_AMOUNT > POOR_BALANCE) };

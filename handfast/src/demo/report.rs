@@ -4,10 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use super::home::{
-    CHECK_AFTER_MS, HANDLER_MS, Home, LEASE_MS, PASSED_BY_MS, PUBLISHER_CONFIRM_MS,
-    RESEND_AFTER_MS, START_GRACE_MS, STEP_MS,
-};
+use super::engines::Timers;
+use super::home::Home;
 use super::plan::{Plan, Role};
 use super::tally::{Fallen, Tally};
 use super::verdict::Verdict;
@@ -15,6 +13,16 @@ use super::verdict::Verdict;
 /// What is going to be tried.
 pub(crate) fn opening(plan: &Plan, home: &Home) -> String {
     let orders = plan.orders.len();
+    let Timers {
+        check_after_ms,
+        publisher_confirm_ms,
+        handler_ms,
+        lease_ms,
+        resend_after_ms,
+        step_ms,
+        passed_by_ms,
+        start_grace_ms,
+    } = home.engines().timers();
     let mut text = format!(
         "Handfast demo: {orders} payments while every process is killed.\n\
          \n\
@@ -22,13 +30,15 @@ pub(crate) fn opening(plan: &Plan, home: &Home) -> String {
          \x20 points grants points, for what was paid and for nothing else. Each of the four is\n\
          \x20 a process with a database of its own, in {folder}.\n\
          \n\
+         \x20 engines  {engines}\n\
          \x20 seed     {seed}  (repeat this plan: handfast demo --payments {orders} --seed {seed})\n\
          \x20 orders   {too_much} cost more than the user has; {repeated} are asked for again\n\
-         \x20 timers   shortened: status check after {CHECK_AFTER_MS} ms, publisher confirm \
-         {PUBLISHER_CONFIRM_MS} ms,\n\
-         \x20          handler {HANDLER_MS} ms, lease {LEASE_MS} ms, resend after \
-         {RESEND_AFTER_MS} ms, every step {STEP_MS} ms,\n\
-         \x20          passed by {PASSED_BY_MS} ms, quiet after a start {START_GRACE_MS} ms\n",
+         \x20 timers   shortened: status check after {check_after_ms} ms, publisher confirm \
+         {publisher_confirm_ms} ms,\n\
+         \x20          handler {handler_ms} ms, lease {lease_ms} ms, resend after \
+         {resend_after_ms} ms, every step {step_ms} ms,\n\
+         \x20          passed by {passed_by_ms} ms, quiet after a start {start_grace_ms} ms\n",
+        engines = home.engines().shown(),
         folder = home.path().display(),
         seed = plan.seed,
         too_much = plan.too_much(),
@@ -63,6 +73,14 @@ pub(crate) fn table(plan: &Plan, tally: &Tally, verdict: &Verdict, elapsed_s: f6
             "  {role:<10} {:>6} times   {}",
             tally.kills(role),
             ways.join(", ")
+        );
+    }
+    if tally.cuts() > 0 {
+        let _ = writeln!(
+            text,
+            "  {:<10} {:>6} times   every connection was cut",
+            "RabbitMQ",
+            tally.cuts()
         );
     }
     let mut section = |title: &str, rows: &[(&str, i64, String)]| {
@@ -190,6 +208,7 @@ pub(crate) fn object(plan: &Plan, tally: &Tally, verdict: &Verdict, elapsed_s: f
         "service_kills": tally.kills(Role::Service),
         "producer_kills": tally.kills(Role::Payment),
         "consumer_kills": tally.kills(Role::Accounting) + tally.kills(Role::Points),
+        "connection_cuts": tally.cuts(),
         "lost": n.lost,
         "phantom": n.phantom,
         "doubled": n.doubled,

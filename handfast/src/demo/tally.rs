@@ -29,6 +29,7 @@ pub(crate) struct Tally {
     pub(crate) in_flight: AtomicU64,
     /// Calls that ended without an answer and were repeated.
     pub(crate) calls_repeated: AtomicU64,
+    cuts: AtomicU64,
     fallen: Mutex<Vec<Fallen>>,
 }
 
@@ -37,6 +38,16 @@ impl Tally {
     pub(crate) fn bury(&self, fallen: Fallen) {
         let mut list = self.fallen.lock().unwrap_or_else(PoisonError::into_inner);
         list.push(fallen);
+    }
+
+    /// Notes that every connection to RabbitMQ was cut.
+    pub(crate) fn cut(&self) {
+        self.cuts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often that happened.
+    pub(crate) fn cuts(&self) -> u64 {
+        self.cuts.load(Ordering::Relaxed)
     }
 
     /// The dead, in the order in which they died.

@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn money_that_is_missing_is_named() {
-        let plan = Plan::draw(1, 20);
+        let plan = Plan::draw(1, 20, false);
         let mut found = plan.closing_balances();
         assert!(wrong_balances(&plan, found.clone()).is_empty());
         found[0].1 += 5;

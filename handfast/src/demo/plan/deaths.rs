@@ -75,6 +75,20 @@ const SERVICE_POINTS: [Point; 9] = [
     Point::ACKNOWLEDGE_AFTER_COMMIT,
 ];
 
+/// The same, with PostgreSQL and RabbitMQ.
+const SERVICE_POINTS_ON_SERVERS: [Point; 10] = [
+    Point::PREPARE_BEFORE_COMMIT,
+    Point::PREPARE_AFTER_COMMIT,
+    Point::DECIDE_BEFORE_COMMIT,
+    Point::DECIDE_AFTER_COMMIT,
+    Point::CLAIM_BEFORE_COMMIT,
+    Point::CLAIM_AFTER_COMMIT,
+    Point::RELAY_CONFIRMED,
+    Point::ACKNOWLEDGE_BEFORE_COMMIT,
+    Point::ACKNOWLEDGE_AFTER_COMMIT,
+    Point::ANSWERS_RECORDED,
+];
+
 /// What else may happen to a producer. All of these are passed at least now and then.
 const PRODUCER_POINTS: [Point; 7] = [
     Point::PRODUCER_PREPARED,
@@ -95,12 +109,12 @@ const CONSUMER_POINTS: [Point; 4] = [
 ];
 
 /// The deaths of one process, spread over the load so that each life does some work.
-pub(super) fn draw(chance: &mut StdRng, role: Role, payments: u64) -> Vec<Life> {
+pub(super) fn draw(chance: &mut StdRng, role: Role, payments: u64, on_servers: bool) -> Vec<Life> {
     let count = DEATHS
         .iter()
         .find(|(from, _)| payments >= *from)
         .map_or(1, |(_, counts)| counts[role as usize]);
-    let mut ways = ways(chance, role);
+    let mut ways = ways(chance, role, on_servers);
     ways.truncate(count);
     ways.shuffle(chance);
     // The load's last fifth is left to those who come back.
@@ -134,10 +148,14 @@ pub(super) fn draw(chance: &mut StdRng, role: Role, payments: u64) -> Vec<Life> 
 }
 
 /// How a process is to die, the most telling way first; None is SIGKILL.
-fn ways(chance: &mut StdRng, role: Role) -> Vec<Option<Point>> {
+fn ways(chance: &mut StdRng, role: Role, on_servers: bool) -> Vec<Option<Point>> {
+    let service_points: &[Point] = match on_servers {
+        true => &SERVICE_POINTS_ON_SERVERS,
+        false => &SERVICE_POINTS,
+    };
     let mut one_of = |points: &[Point]| Some(points[chance.random_range(0..points.len())]);
     match role {
-        Role::Service => vec![one_of(&SERVICE_POINTS), None, one_of(&SERVICE_POINTS)],
+        Role::Service => vec![one_of(service_points), None, one_of(service_points)],
         Role::Payment => vec![
             Some(Point::PRODUCER_AFTER_COMMIT),
             Some(Point::PRODUCER_BEFORE_COMMIT),
@@ -181,7 +199,7 @@ mod tests {
     #[test]
     fn at_the_default_size_each_process_dies_at_least_twice_in_both_ways() {
         for seed in 0..200 {
-            let plan = Plan::draw(seed, 1_000);
+            let plan = Plan::draw(seed, 1_000, false);
             for role in Role::ALL {
                 let lives = plan.lives(role);
                 assert!(lives.len() >= 2, "{role} of seed {seed}");
@@ -197,7 +215,7 @@ mod tests {
     #[test]
     fn the_promised_deaths_are_in_every_plan_of_some_size() {
         for (seed, payments) in (0..200).flat_map(|seed| [(seed, 50), (seed, 1_000)]) {
-            let plan = Plan::draw(seed, payments);
+            let plan = Plan::draw(seed, payments, false);
             let dies_at = |role, wanted| {
                 plan.lives(role)
                     .iter()
@@ -212,7 +230,7 @@ mod tests {
 
     #[test]
     fn even_one_payment_has_a_death_of_each_process() {
-        let plan = Plan::draw(1, 1);
+        let plan = Plan::draw(1, 1, false);
         assert_eq!((plan.orders.len(), plan.too_much()), (1, 0));
         for role in Role::ALL {
             let lives = plan.lives(role);
