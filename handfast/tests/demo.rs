@@ -78,19 +78,109 @@ fn a_wrong_call_is_one_line_and_exit_code_2() {
 }
 
 #[test]
-fn engines_that_are_not_there_yet_say_so_in_one_line() {
+fn engines_that_do_not_go_together_are_refused_without_their_passwords() {
     let dir = tempfile::tempdir().unwrap();
-    for later in [
-        ["--store", "postgres://user:secret@host/db"],
-        ["--broker", "amqp://user:secret@host"],
+    for wrong in [
+        &["--store", "postgres://user:secret@host/db"] as &[_],
+        &["--broker", "amqp://user:secret@host"],
+        &[
+            "--store",
+            "postgres://user:secret@host/db",
+            "--broker",
+            "amqps://user:secret@host",
+        ],
     ] {
-        let output = demo(&later, dir.path()).output().unwrap();
+        let output = demo(wrong, dir.path()).output().unwrap();
         let said = stderr(&output);
-        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert_eq!(output.status.code(), Some(2), "{said}");
         assert_eq!(said.lines().count(), 1, "{said}");
-        assert!(said.contains("not yet"), "{said}");
         assert!(!said.contains("secret"), "{said}");
     }
+}
+
+#[test]
+fn servers_that_are_not_there_are_said_to_be_so_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let arguments = [
+        "--store",
+        "postgres://user:secret@127.0.0.1:1/db",
+        "--broker",
+        "amqp://user:secret@127.0.0.1:1",
+    ];
+    let output = demo(&arguments, dir.path()).output().unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let last = said.lines().last().unwrap();
+    assert!(last.contains("the server of --store runs"), "{said}");
+    assert!(!said.contains("secret"), "{said}");
+}
+
+/// A server that tests use. Without one they fail: there is nothing else they could say.
+fn server(variable: &str) -> String {
+    std::env::var(variable).unwrap_or_else(|_| {
+        panic!("{variable} is not set; run `cargo xtask test`, or name a server")
+    })
+}
+
+#[test]
+fn a_small_run_on_servers_adds_up_and_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, broker) = (
+        server("HANDFAST_TEST_POSTGRES"),
+        server("HANDFAST_TEST_AMQP"),
+    );
+    let arguments = [
+        "--payments",
+        "60",
+        "--seed",
+        "4",
+        "--json",
+        "--store",
+        &store,
+        "--broker",
+        &broker,
+    ];
+    let output = demo(&arguments, dir.path()).output().unwrap();
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let result: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    for zero in ["lost", "phantom", "doubled", "unbalanced", "unfinished"] {
+        assert_eq!(result[zero].as_i64(), Some(0), "{zero} in {result}");
+    }
+    assert_eq!(result["committed"].as_i64(), Some(57), "{result}");
+    assert_eq!(result["accounting_effects"].as_i64(), Some(57), "{result}");
+    assert_eq!(result["points_effects"].as_i64(), Some(57), "{result}");
+    assert_eq!(result["connection_cuts"].as_i64(), Some(2), "{result}");
+    let begin = said.find("handfast_demo_").expect("the names are told");
+    let deployment = &said[begin..begin + "handfast_demo_".len() + 8];
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (databases, queue) = runtime.block_on(left_behind(&store, &broker, deployment));
+    assert_eq!(databases, 0, "databases {deployment}_… are left");
+    assert!(!queue, "queues {deployment}.… are left");
+}
+
+/// How many databases of a deployment are left, and whether its queue of answers is.
+async fn left_behind(store: &str, broker: &str, deployment: &str) -> (i64, bool) {
+    use sqlx::Connection as _;
+
+    let mut db = sqlx::PgConnection::connect(store).await.unwrap();
+    let databases =
+        sqlx::query_scalar("SELECT count(*) FROM pg_database WHERE datname LIKE $1 || '\\_%'")
+            .bind(deployment)
+            .fetch_one(&mut db)
+            .await
+            .unwrap();
+    let options = lapin::ConnectionProperties::default();
+    let rabbitmq = lapin::Connection::connect(broker, options).await.unwrap();
+    let channel = rabbitmq.create_channel().await.unwrap();
+    let passive = lapin::options::QueueDeclareOptions {
+        passive: true,
+        ..Default::default()
+    };
+    let queue = format!("{deployment}.acknowledge");
+    let looked = channel.queue_declare(queue.into(), passive, Default::default());
+    (databases, looked.await.is_ok())
 }
 
 #[test]

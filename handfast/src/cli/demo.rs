@@ -83,7 +83,11 @@ fn engines(store: &str, broker: &str) -> Result<demo::Wanted, String> {
 
 /// Runs the demo and says with the exit code how it ended.
 pub(super) fn run(args: Args) -> ExitCode {
-    match carry_out(args) {
+    let wanted = match engines(&args.store, &args.broker) {
+        Ok(wanted) => wanted,
+        Err(why) => return fail(2, &why),
+    };
+    match carry_out(args, wanted) {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(signal)) => {
             let code = u8::try_from(128 + signal.as_raw_value()).unwrap_or(1);
@@ -93,11 +97,11 @@ pub(super) fn run(args: Args) -> ExitCode {
     }
 }
 
-fn carry_out(args: Args) -> Result<Option<SignalKind>, Failure> {
+fn carry_out(args: Args, wanted: demo::Wanted) -> Result<Option<SignalKind>, Failure> {
     let options = demo::Options {
         payments: args.payments,
         seed: args.seed,
-        wanted: engines(&args.store, &args.broker).map_err(Failure)?,
+        wanted,
         keep: args.keep,
         json: args.json,
     };
