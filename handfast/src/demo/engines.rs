@@ -103,7 +103,7 @@ pub(crate) enum Engines {
     /// Files in the folder of the run.
     Embedded,
     /// Databases and names that were made for it.
-    Production(Production),
+    Production(Box<Production>),
 }
 
 /// Databases and names on servers.
@@ -145,7 +145,7 @@ impl Engines {
             production.remove().await;
             return Err(error);
         }
-        Ok(Self::Production(production))
+        Ok(Self::Production(Box::new(production)))
     }
 
     /// The shortened timers.

@@ -20,8 +20,11 @@ enum Kind {
 
 use Kind::{Flag, Id, Number, Text};
 
+/// Whose, which, and its columns.
+type Table = (Role, &'static str, &'static [(&'static str, Kind)]);
+
 /// Which columns of which tables the audit reads.
-const TABLES: [(Role, &str, &[(&str, Kind)]); 10] = [
+const TABLES: [Table; 10] = [
     (
         Role::Service,
         "message",
@@ -88,8 +91,7 @@ const TABLES: [(Role, &str, &[(&str, Kind)]); 10] = [
 ];
 
 /// The inbox of points has the name of accounting's, in another database.
-const POINTS_INBOX: (Role, &str, &[(&str, Kind)]) =
-    (Role::Points, "handfast_inbox", &[("seen", Number)]);
+const POINTS_INBOX: Table = (Role::Points, "handfast_inbox", &[("seen", Number)]);
 
 /// A connection to a database in memory that holds a copy. It is consistent only while nobody
 /// writes.

@@ -221,7 +221,7 @@ fn read(rabbit: &RabbitMq, message: &Delivery) -> Option<(String, Vec<Answer>)> 
     };
     let user = message.properties.user_id().as_ref();
     if let Some(wanted) = &subscription.amqp_user
-        && user.map(|user| user.as_str()) != Some(wanted.as_str())
+        && user.map(lapin::types::ShortString::as_str) != Some(wanted.as_str())
     {
         let what = format!("only AMQP user `{wanted}` may answer for {name}");
         incidents.foreign.happened(number, &what);

@@ -65,8 +65,8 @@ impl RabbitMq {
             .buffer_unordered(AT_A_TIME)
             .collect()
             .await;
-        let errors = looked.into_iter().filter_map(Result::err);
-        first_error.or_else(|| errors.last()).map_or(Ok(()), Err)
+        let mut errors = looked.into_iter().filter_map(Result::err);
+        first_error.or_else(|| errors.next()).map_or(Ok(()), Err)
     }
 
     async fn look_at(&self, opened: &Arc<Opened>, subscription: String) -> Result<(), String> {

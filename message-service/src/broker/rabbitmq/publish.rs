@@ -80,7 +80,8 @@ pub(super) struct Batch {
 
 enum Step {
     NotWritten(lapin::Error),
-    Confirmed(lapin::Result<Confirmation>),
+    // Boxed, because a returned message is large and rare.
+    Confirmed(Box<lapin::Result<Confirmation>>),
 }
 
 impl Batch {
@@ -120,21 +121,25 @@ impl Batch {
     }
 
     fn tell(&mut self, index: usize, step: Step) {
-        self.told[index] = Some(match step {
-            Step::NotWritten(error) => Told::NotWritten(error),
-            Step::Confirmed(Ok(Confirmation::Ack(returned))) => {
+        let confirmed = match step {
+            Step::NotWritten(error) => {
+                self.told[index] = Some(Told::NotWritten(error));
+                return;
+            }
+            Step::Confirmed(confirmed) => *confirmed,
+        };
+        self.told[index] = Some(match confirmed {
+            Ok(Confirmation::Ack(returned)) => {
                 self.note(returned);
                 Told::Acked
             }
-            Step::Confirmed(Ok(Confirmation::Nack(returned))) => {
+            Ok(Confirmation::Nack(returned)) => {
                 self.note(returned);
                 Told::Nacked
             }
             // The channel is not in confirm mode: a mistake of ours, never a success.
-            Step::Confirmed(Ok(Confirmation::NotRequested)) => {
-                Told::Failed(ErrorKind::FutureCompleted.into())
-            }
-            Step::Confirmed(Err(error)) => Told::Failed(error),
+            Ok(Confirmation::NotRequested) => Told::Failed(ErrorKind::FutureCompleted.into()),
+            Err(error) => Told::Failed(error),
         });
     }
 
@@ -212,7 +217,7 @@ fn key(outgoing: &Outgoing) -> Key {
 
 async fn one(channel: &Channel, outgoing: Outgoing) -> Step {
     match written(channel, outgoing).await {
-        Ok(confirm) => Step::Confirmed(confirm.await),
+        Ok(confirm) => Step::Confirmed(Box::new(confirm.await)),
         Err(error) => Step::NotWritten(error),
     }
 }

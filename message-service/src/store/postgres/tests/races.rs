@@ -22,7 +22,7 @@ fn shuffled(seed: u64) -> Vec<Vec<u128>> {
 fn keyed(n: u128) -> NewMessage {
     NewMessage {
         // Against the order of the ids.
-        key: (n % 2 == 0).then(|| format!("order {}", ROWS - n)),
+        key: n.is_multiple_of(2).then(|| format!("order {}", ROWS - n)),
         ..paid(n)
     }
 }

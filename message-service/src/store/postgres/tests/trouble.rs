@@ -265,7 +265,7 @@ async fn a_server_that_is_not_there_is_refused_in_one_line_without_the_password(
     assert!(text.contains("see that the server runs"), "{text}");
     assert!(!text.contains("secret") && !text.contains('\n'), "{text}");
     let unreadable = "postgres://me:secret@host:port/shop".parse::<Address>();
-    let text = unreadable.err().expect("unreadable").to_string();
+    let text = unreadable.expect_err("unreadable").to_string();
     assert!(!text.contains("secret") && !text.contains('\n'), "{text}");
 }
 
