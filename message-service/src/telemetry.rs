@@ -8,7 +8,11 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::LogFormat;
 
-/// What is never logged, whatever is asked for.
+/// What is not logged unless it is asked for: lapin reports every end of a connection as an error,
+/// ours too, and the links say the same once.
+const NOISE: &str = "lapin=off";
+/// What is never logged, whatever is asked for: lapin prints a message that RabbitMQ returned with
+/// its payload.
 const SECRETS: &str = "lapin::returned_messages=off";
 
 /// Why logging cannot begin.
@@ -31,9 +35,8 @@ pub enum Error {
 pub fn install(filter: &str, format: LogFormat) -> Result<(), Error> {
     use tracing_subscriber::util::SubscriberInitExt as _;
 
-    // lapin prints a message that RabbitMQ returned with its payload, which no log may have.
     let parsed = EnvFilter::builder()
-        .parse(format!("{filter},{SECRETS}"))
+        .parse(format!("{NOISE},{filter},{SECRETS}"))
         .map_err(|source| Error::Filter {
             filter: filter.to_owned(),
             source,
