@@ -20,7 +20,7 @@ async fn a_server_that_forgets_what_it_acknowledged_is_refused() {
 async fn what_a_session_can_set_itself_is_not_refused() {
     let server = server(&[
         ("synchronous_commit", "off"),
-        ("default_transaction_isolation", "'serializable'"),
+        ("default_transaction_isolation", "serializable"),
     ]);
     try_open(&server).await.unwrap();
 }

@@ -9,6 +9,8 @@ use handfast_service::message::{MessageId, NewMessage};
 use handfast_service::store::postgres::{Address, OpenError, PostgresStore};
 use handfast_service::store::{Error, Store as _};
 use handfast_service::topology::{Producer, Subscription, Topic, Topology};
+use rand::rngs::StdRng;
+use rand::{RngCore as _, SeedableRng as _};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -50,10 +52,9 @@ pub(crate) fn id(n: u128) -> MessageId {
 }
 
 pub(crate) fn paid(n: u128, bytes: usize) -> NewMessage {
+    let mut payload = vec![0; bytes];
     // Bytes that do not become fewer by compression.
-    let payload = (0..bytes as u128)
-        .map(|byte| (Uuid::from_u128(n ^ byte << 64).as_u128() * 0x9e37_79b9_7f4a_7c15 >> 56) as u8)
-        .collect();
+    StdRng::seed_from_u64(u64::try_from(n).unwrap()).fill_bytes(&mut payload);
     NewMessage {
         id: id(n),
         producer: "payment".into(),
