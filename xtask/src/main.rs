@@ -19,7 +19,8 @@ Chores:
           Words after `--` go to the test programs
   up      Start a PostgreSQL and a RabbitMQ to play with, until Ctrl-C
 
-Both need PostgreSQL and RabbitMQ installed, and on Debian and Ubuntu install them if they may.
+Both need PostgreSQL and RabbitMQ installed, and test needs Python (3.9 or later, with venv); on
+Debian and Ubuntu they install what is missing if they may.
 The servers are throwaway ones: on loopback, at free ports, in temporary folders. To test on
 others, name them in HANDFAST_TEST_POSTGRES and HANDFAST_TEST_AMQP.
 

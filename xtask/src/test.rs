@@ -8,7 +8,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Instant;
 
-use handfast_servers::{Folder, Options, Postgres, RabbitMq, Server, install_missing};
+use handfast_servers::{Folder, Options, Postgres, Program, RabbitMq, install_missing};
 
 use crate::{leftovers, progress};
 
@@ -34,7 +34,10 @@ type Variables = Vec<(&'static str, OsString)>;
 pub(crate) fn test(words: &[&str]) -> Result<(), String> {
     let began = Instant::now();
     let handfast = target_folder().join("debug").join("handfast");
-    install_missing(&wanted()).map_err(|error| error.to_string())?;
+    let mut programs = wanted();
+    // In which the wire contract is tried out.
+    programs.push(Program::Python);
+    install_missing(&programs).map_err(|error| error.to_string())?;
     let folder = Folder::new("test").map_err(|error| error.to_string())?;
     // PostgreSQL, which may run as another user, has its folder in this one.
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))
@@ -74,11 +77,11 @@ fn run(handfast: &Path, folder: &Path, words: &[&str]) -> Result<(), String> {
 }
 
 /// The servers that the caller has not named.
-fn wanted() -> Vec<Server> {
-    [(POSTGRES, Server::Postgres), (AMQP, Server::RabbitMq)]
+fn wanted() -> Vec<Program> {
+    [(POSTGRES, Program::Postgres), (AMQP, Program::RabbitMq)]
         .into_iter()
         .filter(|(variable, _)| std::env::var_os(variable).is_none_or(|url| url.is_empty()))
-        .map(|(_, server)| server)
+        .map(|(_, program)| program)
         .collect()
 }
 
@@ -94,10 +97,10 @@ impl Servers {
         let wanted = wanted();
         let (postgres, rabbitmq) = thread::scope(|scope| {
             let rabbitmq = scope.spawn(|| {
-                let wanted = wanted.contains(&Server::RabbitMq);
+                let wanted = wanted.contains(&Program::RabbitMq);
                 wanted.then(|| RabbitMq::start_with(&options)).transpose()
             });
-            let postgres = wanted.contains(&Server::Postgres);
+            let postgres = wanted.contains(&Program::Postgres);
             let postgres = postgres.then(|| Postgres::start_with(&options)).transpose();
             (postgres, rabbitmq.join())
         });

@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use handfast_servers::{Server, install_missing, start_both};
+use handfast_servers::{Program, install_missing, start_both};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::progress;
@@ -17,7 +17,7 @@ pub(crate) fn up() -> Result<(), String> {
     signals
         .thread_block()
         .map_err(|error| format!("cannot hold back signals: {error}"))?;
-    install_missing(&[Server::Postgres, Server::RabbitMq]).map_err(|error| error.to_string())?;
+    install_missing(&[Program::Postgres, Program::RabbitMq]).map_err(|error| error.to_string())?;
     let (postgres, rabbitmq) = progress::shown("PostgreSQL and RabbitMQ", start_both)
         .map_err(|error| error.to_string())?;
     postgres

@@ -8,29 +8,29 @@ use std::process::{Command, Stdio};
 
 use nix::unistd::Uid;
 
-use crate::{Error, Server, programs};
+use crate::{Error, Program, programs};
 
 const SCRIPT: &str = include_str!("install.sh");
 /// Held by the script.
 const LOCK: &str = "/run/handfast-install.lock";
 
-/// Installs those of the servers that are missing; they are not started. What `apt-get` prints
+/// Installs those of the programs that are missing; no server is started. What `apt-get` prints
 /// goes to standard error.
 ///
 /// # Errors
 /// If something is missing and cannot be installed; the error says what to do.
-pub fn install_missing(servers: &[Server]) -> Result<(), Error> {
+pub fn install_missing(programs: &[Program]) -> Result<(), Error> {
     wait_for_others()?;
-    let missing = still_missing(servers);
+    let missing = still_missing(programs);
     if missing.is_empty() {
         return Ok(());
     }
     let Some(mut installer) = installer() else {
         return Err(programs::missing(&missing));
     };
-    let packages: Vec<_> = missing.iter().map(|server| server.package()).collect();
+    let packages: Vec<_> = missing.iter().map(|program| program.package()).collect();
     let list = packages.join(" and ");
-    eprintln!("installing {list} (their services are not started)");
+    eprintln!("installing {list} (no service of theirs is started)");
     let status = installer
         .args(["sh", "-c", SCRIPT, "install"])
         .args(&packages)
@@ -61,9 +61,9 @@ fn wait_for_others() -> Result<(), Error> {
     }
 }
 
-fn still_missing(servers: &[Server]) -> Vec<Server> {
-    let missing = |server: &Server| !server.is_installed();
-    servers.iter().copied().filter(missing).collect()
+fn still_missing(programs: &[Program]) -> Vec<Program> {
+    let missing = |program: &Program| !program.is_installed();
+    programs.iter().copied().filter(missing).collect()
 }
 
 /// What runs a command as root, if that is possible here without asking anybody.

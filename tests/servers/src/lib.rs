@@ -36,7 +36,7 @@ pub use folder::Folder;
 pub use install::install_missing;
 pub use options::Options;
 pub use postgres::Postgres;
-pub use programs::Server;
+pub use programs::Program;
 pub use rabbitmq::RabbitMq;
 
 /// Starts one of each, at the same time.

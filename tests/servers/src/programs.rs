@@ -1,27 +1,30 @@
-//! Where the programs of the servers are. Both are often installed outside of PATH.
+//! Where the programs are that tests need. The servers are often installed outside of PATH.
 
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::Error;
 
-/// One of the servers that this crate can start.
+/// What has to be installed: the servers that this crate can start, and Python.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Server {
+pub enum Program {
     /// [`Postgres`](crate::Postgres)
     Postgres,
     /// [`RabbitMq`](crate::RabbitMq)
     RabbitMq,
+    /// Python 3.9 or later, as `python3`, that can make environments.
+    Python,
 }
 
-impl Server {
+impl Program {
     /// Its name for people.
     pub fn name(self) -> &'static str {
         match self {
             Self::Postgres => "PostgreSQL",
             Self::RabbitMq => "RabbitMQ",
+            Self::Python => "Python 3.9 with venv",
         }
     }
 
@@ -30,6 +33,7 @@ impl Server {
         match self {
             Self::Postgres => "postgresql",
             Self::RabbitMq => "rabbitmq-server",
+            Self::Python => "python3-venv",
         }
     }
 
@@ -37,15 +41,17 @@ impl Server {
         match self {
             Self::Postgres => postgres().is_ok(),
             Self::RabbitMq => rabbitmq().is_ok(),
+            Self::Python => python_makes_environments(),
         }
     }
 }
 
 /// The one sentence on what to do.
-pub(crate) fn missing(servers: &[Server]) -> Error {
-    let listed = |name: fn(Server) -> &'static str| servers.iter().map(move |&server| name(server));
-    let names: Vec<_> = listed(Server::name).collect();
-    let packages: Vec<_> = listed(Server::package).collect();
+pub(crate) fn missing(programs: &[Program]) -> Error {
+    let listed =
+        |name: fn(Program) -> &'static str| programs.iter().map(move |&program| name(program));
+    let names: Vec<_> = listed(Program::name).collect();
+    let packages: Vec<_> = listed(Program::package).collect();
     let (is, it) = match names.len() {
         1 => ("is", "it"),
         _ => ("are", "them"),
@@ -66,7 +72,7 @@ pub(crate) fn postgres() -> Result<PathBuf, Error> {
     folders.extend(newest_first("/usr", "pgsql-", "bin"));
     folders.extend(pg_config());
     find(folders, &["initdb", "postgres", "pg_isready", "psql"])
-        .ok_or_else(|| missing(&[Server::Postgres]))
+        .ok_or_else(|| missing(&[Program::Postgres]))
 }
 
 /// The folder of RabbitMQ's own scripts. What Debian puts into PATH is a wrapper that insists on
@@ -76,7 +82,19 @@ pub(crate) fn rabbitmq() -> Result<PathBuf, Error> {
     folders.extend(path_folders());
     find(folders, &["rabbitmq-server", "rabbitmqctl"])
         .filter(|_| find(path_folders(), &["erl", "epmd"]).is_some())
-        .ok_or_else(|| missing(&[Server::RabbitMq]))
+        .ok_or_else(|| missing(&[Program::RabbitMq]))
+}
+
+/// Debian's `python3` alone cannot: the means are in a package of their own.
+fn python_makes_environments() -> bool {
+    const ASK: &str = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 9))";
+    let asked = Command::new("python3")
+        .args(["-c", ASK])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    asked.is_ok_and(|status| status.success())
 }
 
 /// PATH for the servers: ours, and the usual folders, since cron and the like have few.
