@@ -167,11 +167,15 @@ impl Receive {
                         )),
                     }
                 }
-                Some(keys) = self.recorded.recv() => {
-                    let acks = self.held.settle(&keys);
-                    ack(&consuming.channel, acks).await?;
-                    hit(Point::CONSUMER_ANSWERED);
-                }
+                keys = self.recorded.recv() => match keys {
+                    Some(keys) => {
+                        let acks = self.held.settle(&keys);
+                        ack(&consuming.channel, acks).await?;
+                        hit(Point::CONSUMER_ANSWERED);
+                    }
+                    // Nobody can answer any more; what is held returns with the channel.
+                    None => return Ok(End::Drained),
+                },
                 () = sleep_until(quiet), if !cancelled && self.held.is_empty() => {
                     return Ok(End::Quiet);
                 }
