@@ -1,35 +1,69 @@
 //! One voucher per payment: debit the user's clearing account, credit the merchant's.
 
+mod postgres;
+mod sqlite;
+
+use std::future::Future;
 use std::time::Duration;
 
-use handfast_consumer::{Answer, BatchHandler, Delivered, Tx};
+use handfast_consumer::{Answer, BatchHandler, Delivered, InboxDatabase, Tx};
+use sqlx::error::DatabaseError;
 
 use crate::payment::Payment;
 
 /// How long a message waits that met a database which could not write.
 const DATABASE_LATER: Duration = Duration::from_secs(5);
 
+/// The double entry.
+const LINES: &str = r#"
+    INSERT INTO voucher_line (voucher, line, account, amount)
+    VALUES ($1, 1, $2, $3),
+           ($1, 2, $4, $5)
+"#;
+
+/// The voucher, which closes its lines.
+const VOUCHER: &str = r#"
+    INSERT INTO voucher (id, message_id, caller, order_id, "user", amount)
+    VALUES ($1, $2, $3, $4, $5, $6)
+"#;
+
+/// A database that accounting can keep its books in.
+pub trait Books: InboxDatabase {
+    /// So many numbers that no other voucher has.
+    fn numbers(
+        tx: &mut Tx<Self>,
+        count: usize,
+    ) -> impl Future<Output = Result<Vec<i64>, sqlx::Error>> + Send;
+
+    /// Writes the lines of voucher `id`, and then the voucher.
+    fn book(
+        tx: &mut Tx<Self>,
+        id: i64,
+        message: &Delivered,
+        payment: &Payment,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Whether an error of this code is a rule of the schema that refused.
+    fn is_rule(code: &str) -> bool;
+}
+
 /// The handler of `payment.completed`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Accounting;
 
-impl BatchHandler for Accounting {
-    async fn handle_batch(&self, tx: &mut Tx, messages: &[Delivered]) -> Vec<Answer> {
-        let mut answers = Vec::with_capacity(messages.len());
-        // The transaction is the only writer, so the numbers behind the last one are free.
-        let mut id = match last_voucher(tx).await {
-            Ok(id) => id,
-            Err(error) => return vec![word_on(&error); messages.len()],
+impl<D: Books> BatchHandler<D> for Accounting {
+    async fn handle_batch(&self, tx: &mut Tx<D>, messages: &[Delivered]) -> Vec<Answer> {
+        let ids = match D::numbers(tx, messages.len()).await {
+            Ok(ids) => ids,
+            Err(error) => return vec![word_on::<D>(&error); messages.len()],
         };
-        for message in messages {
+        let mut answers = Vec::with_capacity(messages.len());
+        for (message, id) in messages.iter().zip(ids) {
             answers.push(match Payment::read(&message.payload) {
-                Ok(payment) => {
-                    id += 1;
-                    match book(tx, id, message, &payment).await {
-                        Ok(()) => Answer::Consumed,
-                        Err(error) => word_on(&error),
-                    }
-                }
+                Ok(payment) => match D::book(tx, id, message, &payment).await {
+                    Ok(()) => Answer::Consumed,
+                    Err(error) => word_on::<D>(&error),
+                },
                 Err(unreadable) => Answer::rejected(unreadable),
             });
         }
@@ -37,70 +71,23 @@ impl BatchHandler for Accounting {
     }
 }
 
-async fn last_voucher(tx: &mut Tx) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar("SELECT coalesce(max(id), 0) FROM voucher")
-        .fetch_one(tx)
-        .await
-}
-
-async fn book(
-    tx: &mut Tx,
-    id: i64,
-    message: &Delivered,
-    payment: &Payment,
-) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        r#"
-        -- lines
-        INSERT INTO voucher_line (voucher, line, account, amount)
-        VALUES (?1, 1, ?2, ?4),
-               (?1, 2, ?3, -?4)
-        "#,
-    )
-    .bind(id)
-    .bind(format!("clearing:{}", payment.user))
-    .bind(format!("merchant:{}", payment.caller))
-    .bind(payment.amount)
-    .execute(&mut *tx)
-    .await?;
-    sqlx::query(
-        r#"
-        -- voucher, which closes its lines
-        INSERT INTO voucher (id, message_id, caller, order_id, user, amount)
-        VALUES (?, ?, ?, ?, ?, ?)
-        "#,
-    )
-    .bind(id)
-    .bind(message.message_id.as_bytes().as_slice())
-    .bind(&payment.caller)
-    .bind(&payment.order_id)
-    .bind(&payment.user)
-    .bind(payment.amount)
-    .execute(&mut *tx)
-    .await?;
-    Ok(())
-}
-
 /// A rule of the schema that refuses is the message's failure. A full or failing disk is not:
 /// it must not use up the attempts of every message that comes by.
-fn word_on(error: &sqlx::Error) -> Answer {
-    const SQLITE_CONSTRAINT: u32 = 19;
-    let code = error
-        .as_database_error()
-        .and_then(|error| error.code()?.parse::<u32>().ok());
+fn word_on<D: Books>(error: &sqlx::Error) -> Answer {
+    let code = error.as_database_error().and_then(DatabaseError::code);
     match code {
-        Some(code) if code & 0xff == SQLITE_CONSTRAINT => Answer::failed(error),
+        Some(code) if D::is_rule(&code) => Answer::failed(error),
         _ => Answer::Later(DATABASE_LATER),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use sqlx::{Connection as _, SqliteConnection};
+pub(crate) mod tests {
+    use sqlx::{Connection as _, Sqlite, SqliteConnection};
     use uuid::Uuid;
 
     use super::*;
-    use crate::SCHEMA;
+    use crate::database::sqlite::SCHEMA;
 
     async fn books() -> SqliteConnection {
         let mut db = SqliteConnection::connect("sqlite::memory:").await.unwrap();
@@ -110,7 +97,7 @@ mod tests {
         db
     }
 
-    fn paid(number: u128, payload: String) -> Delivered {
+    pub(crate) fn paid(number: u128, payload: String) -> Delivered {
         Delivered {
             message_id: Uuid::from_u128(number),
             subscription: "accounting".to_owned(),
@@ -127,7 +114,7 @@ mod tests {
         }
     }
 
-    fn payment(number: u128, amount: i64) -> Delivered {
+    pub(crate) fn payment(number: u128, amount: i64) -> Delivered {
         paid(
             number,
             format!(r#"{{"caller":"shop","order_id":"{number}","user":"ada","amount":{amount}}}"#),
@@ -136,7 +123,7 @@ mod tests {
 
     async fn commit(db: &mut SqliteConnection, batch: &[Delivered]) -> Vec<Answer> {
         let mut tx = db.begin().await.unwrap();
-        let answers = Accounting.handle_batch(&mut tx, batch).await;
+        let answers = BatchHandler::<Sqlite>::handle_batch(&Accounting, &mut tx, batch).await;
         tx.commit().await.unwrap();
         answers
     }

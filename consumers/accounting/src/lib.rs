@@ -1,22 +1,25 @@
 //! Accounting: writes a balanced voucher for every completed payment.
 //!
-//! It consumes topic `payment.completed` as subscription `accounting`. The inbox makes sure
-//! that a payment is booked once; the database itself (`schema.sql`) makes sure that what is
-//! booked balances and stays. Read `payment` (what is understood), then `book` (what is done).
+//! It consumes topic `payment.completed` as subscription `accounting`, from the message service
+//! or from RabbitMQ, and keeps its books in SQLite or PostgreSQL. The inbox makes sure that a
+//! payment is booked once; the database itself (`schema/`) makes sure that what is booked
+//! balances and stays. Read `payment` (what is understood), then `book` (what is done).
 
 mod book;
+mod database;
 mod options;
 mod payment;
+#[cfg(test)]
+mod scratch;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
-use handfast_consumer::{Consumer, handfast};
-use sqlx::SqlitePool;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use database::Database;
+use handfast_consumer::{Consumer, Source, handfast, rabbitmq};
+use sqlx::Pool;
 use tokio_util::sync::CancellationToken;
 
-pub use book::Accounting;
+pub use book::{Accounting, Books};
 pub use options::Options;
 pub use payment::{Payment, Unreadable};
 
@@ -24,19 +27,23 @@ pub use payment::{Payment, Unreadable};
 pub const TOPIC: &str = "payment.completed";
 /// The subscription on it.
 pub const SUBSCRIPTION: &str = "accounting";
-/// The tables, to be applied at every start.
-pub const SCHEMA: &str = include_str!("schema.sql");
 
 /// Why accounting cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The database's address cannot be read.
+    #[error(
+        "cannot read the database's address: \
+         it must be like postgres://user:password@127.0.0.1:5432/accounting"
+    )]
+    Address,
     /// The database cannot be opened or its tables cannot be made.
-    #[error("cannot {doing} the database `{}`: {source}", path.display())]
+    #[error("cannot {doing} the database `{database}`: {source}")]
     Database {
         /// `open` or `prepare`.
         doing: &'static str,
-        /// The file.
-        path: PathBuf,
+        /// The file, or the database and its server.
+        database: String,
         /// What the database said.
         source: sqlx::Error,
     },
@@ -45,12 +52,34 @@ pub enum Error {
     Consumer(#[from] handfast_consumer::Error),
 }
 
-/// Books payments until `shutdown`, then finishes what it has. A service that is away is
-/// waited for.
+/// Books payments until `shutdown`, then finishes what it has. A source or a database server
+/// that is away is waited for.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), Error> {
-    let pool = open(&options.database).await?;
-    Consumer::connect(handfast(options.service))
-        .await?
+    // First, so that an address that cannot be read is told at once.
+    let consumer = Consumer::connect(source(&options)).await?;
+    match Database::open(&options.database, &shutdown).await? {
+        Some(Database::Sqlite(pool)) => consume(consumer, pool, options, shutdown).await,
+        Some(Database::Postgres(pool)) => consume(consumer, pool, options, shutdown).await,
+        None => Ok(()),
+    }
+}
+
+fn source(options: &Options) -> Source {
+    let address = options.source.as_str();
+    if address.starts_with("amqp://") || address.starts_with("amqps://") {
+        rabbitmq(address).deployment(&options.deployment).into()
+    } else {
+        handfast(address)
+    }
+}
+
+async fn consume<D: Books>(
+    consumer: Consumer,
+    pool: Pool<D>,
+    options: Options,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    consumer
         .subscription(TOPIC, SUBSCRIPTION)
         .inbox(pool.clone())
         .handler_timeout(Duration::from_millis(options.handler_timeout_ms))
@@ -62,63 +91,73 @@ pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), Er
     Ok(())
 }
 
-async fn open(path: &std::path::Path) -> Result<SqlitePool, Error> {
-    let file = SqliteConnectOptions::new()
-        .filename(path)
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(Duration::from_secs(5));
-    let error = |doing| {
-        move |source| Error::Database {
-            doing,
-            path: path.to_owned(),
-            source,
-        }
-    };
-    // One for the transaction, one for pruning, and one that may still be closing.
-    let pool = SqlitePoolOptions::new()
-        .max_connections(3)
-        .connect_with(file)
-        .await
-        .map_err(error("open"))?;
-    sqlx::raw_sql(SCHEMA)
-        .execute(&pool)
-        .await
-        .map_err(error("prepare"))?;
-    Ok(pool)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn options(database: PathBuf) -> Options {
+    fn options(source: &str, database: impl Into<String>) -> Options {
         Options {
-            service: "http://127.0.0.1:9".to_owned(),
-            database,
+            source: source.to_owned(),
+            deployment: "handfast".to_owned(),
+            database: database.into(),
             handler_timeout_ms: 25_000,
             prefetch: 200,
             max_batch: 100,
         }
     }
 
+    const AWAY: [&str; 2] = ["http://127.0.0.1:9", "amqp://guest:guest@127.0.0.1:9/%2f"];
+
     #[tokio::test]
-    async fn it_starts_without_a_service_and_stops_when_told() {
+    async fn it_starts_without_a_source_and_stops_when_told() {
         let dir = tempfile::TempDir::new().unwrap();
-        let shutdown = CancellationToken::new();
-        let running = tokio::spawn(run(options(dir.path().join("a.db")), shutdown.clone()));
-        shutdown.cancel();
-        running.await.unwrap().unwrap();
-        assert!(dir.path().join("a.db").exists());
+        for source in AWAY {
+            let file = dir.path().join(&source[..4]);
+            let options = options(source, file.display().to_string());
+            let shutdown = CancellationToken::new();
+            let running = tokio::spawn(run(options, shutdown.clone()));
+            shutdown.cancel();
+            running.await.unwrap().unwrap();
+            assert!(file.exists());
+        }
     }
 
     #[tokio::test]
-    async fn a_database_that_cannot_be_opened_is_named_in_one_line() {
-        let missing = PathBuf::from("/nowhere/accounting.db");
-        let error = run(options(missing), CancellationToken::new()).await;
-        let text = error.unwrap_err().to_string();
-        assert!(text.starts_with("cannot open the database `/nowhere/accounting.db`: "));
-        assert!(!text.contains('\n'));
+    async fn it_waits_for_a_database_server_and_stops_when_told() {
+        let options = options(AWAY[1], "postgres://user:secret@127.0.0.1:9/accounting");
+        let shutdown = CancellationToken::new();
+        let running = tokio::spawn(run(options, shutdown.clone()));
+        tokio::task::yield_now().await;
+        shutdown.cancel();
+        running.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_opened_is_named_in_one_line() {
+        for (source, database, text) in [
+            (
+                AWAY[0],
+                "/nowhere/accounting.db",
+                "cannot open the database `/nowhere/accounting.db`: ",
+            ),
+            (
+                AWAY[0],
+                "postgres://user:secret@one:port/accounting",
+                "cannot read the database's address: ",
+            ),
+            (
+                "amqps://guest:secret@one",
+                "accounting.db",
+                "cannot read the source's address `amqps://guest@one`: ",
+            ),
+        ] {
+            let run = run(options(source, database), CancellationToken::new());
+            let error = run.await.unwrap_err().to_string();
+            assert!(error.starts_with(text), "{error}");
+            assert!(
+                !error.contains('\n') && !error.contains("secret"),
+                "{error}"
+            );
+        }
     }
 }

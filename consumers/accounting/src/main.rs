@@ -17,10 +17,14 @@ struct Cli {
     options: Options,
 }
 
+/// What is logged unless RUST_LOG says otherwise. lapin would print what RabbitMQ returns, and
+/// every loss of a connection, of which the SDK tells once.
+const LOG: &str = "info,lapin=off";
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG));
     tracing_subscriber::fmt()
         .log_internal_errors(false)
         .with_env_filter(filter)

@@ -1,26 +1,48 @@
 //! What can be set when accounting starts.
 
-use std::path::PathBuf;
+use std::fmt;
 
 /// Each can be set by a flag or by its environment variable; the flag wins.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, clap::Args)]
+#[command(after_help = "\
+Examples:
+  With the message service and its embedded broker, in an SQLite file:
+    accounting --source http://127.0.0.1:7400 --database accounting.db
+  With RabbitMQ and PostgreSQL; the database must exist, the tables are made:
+    accounting --source amqp://guest:guest@127.0.0.1:5672/%2f \\
+      --database postgres://postgres@127.0.0.1:5432/accounting
+
+Whatever is not there yet is waited for.")]
 pub struct Options {
-    /// Address of the message service
+    /// Where deliveries come from: the message service (http://…), or RabbitMQ (amqp://…,
+    /// several addresses separated by commas)
     #[arg(
         long,
-        env = "ACCOUNTING_SERVICE",
+        alias = "service",
+        env = "ACCOUNTING_SOURCE",
+        hide_env_values = true,
         value_name = "URL",
         default_value = "http://127.0.0.1:7400"
     )]
-    pub service: String,
-    /// SQLite file for vouchers and inbox; it is made if it is missing
+    pub source: String,
+    /// The deployment whose queues are consumed; only RabbitMQ has several
+    #[arg(
+        long,
+        env = "ACCOUNTING_DEPLOYMENT",
+        value_name = "NAME",
+        default_value = "handfast"
+    )]
+    pub deployment: String,
+    /// Where vouchers and inbox are kept: an SQLite file, which is made if it is missing, or a
+    /// PostgreSQL database (postgres://…)
     #[arg(
         long,
         env = "ACCOUNTING_DATABASE",
-        value_name = "PATH",
+        hide_env_values = true,
+        value_name = "PATH|URL",
         default_value = "accounting.db"
     )]
-    pub database: PathBuf,
+    pub database: String,
     /// How long one transaction may take, in milliseconds
     #[arg(
         long,
@@ -48,4 +70,16 @@ pub struct Options {
         value_parser = clap::value_parser!(u32).range(1..=1_000)
     )]
     pub max_batch: u32,
+}
+
+impl fmt::Debug for Options {
+    /// Leaves out what may hold a password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Options")
+            .field("deployment", &self.deployment)
+            .field("handler_timeout_ms", &self.handler_timeout_ms)
+            .field("prefetch", &self.prefetch)
+            .field("max_batch", &self.max_batch)
+            .finish_non_exhaustive()
+    }
 }

@@ -31,6 +31,16 @@ pub enum Unreadable {
 }
 
 impl Payment {
+    /// The account that the payment is taken from.
+    pub(crate) fn clearing(&self) -> String {
+        format!("clearing:{}", self.user)
+    }
+
+    /// The account that it goes to.
+    pub(crate) fn merchant(&self) -> String {
+        format!("merchant:{}", self.caller)
+    }
+
     /// Reads a payload.
     pub fn read(payload: &[u8]) -> Result<Self, Unreadable> {
         let payment: Self = serde_json::from_slice(payload)?;

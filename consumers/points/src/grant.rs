@@ -1,8 +1,13 @@
 //! One grant per payment, and with it the user's balance.
 
+mod postgres;
+mod sqlite;
+
+use std::future::Future;
 use std::time::Duration;
 
-use handfast_consumer::{Answer, BatchHandler, Delivered, Tx};
+use handfast_consumer::{Answer, BatchHandler, Delivered, InboxDatabase, Tx};
+use sqlx::error::DatabaseError;
 
 use crate::payment::Payment;
 
@@ -11,21 +16,45 @@ const MINOR_UNITS_PER_POINT: i64 = 100;
 /// How long a message waits that met a database which could not write.
 const DATABASE_LATER: Duration = Duration::from_secs(5);
 
+/// The grant, which changes the balance.
+const GRANT: &str = r#"
+    INSERT INTO point_grant (message_id, "user", caller, order_id, points)
+    VALUES ($1, $2, $3, $4, $5)
+"#;
+
+/// A database that grants can be kept in.
+pub trait Grants: InboxDatabase {
+    /// Writes one grant.
+    fn grant(
+        tx: &mut Tx<Self>,
+        message: &Delivered,
+        payment: &Payment,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Whether an error of this code is a rule of the schema that refused.
+    fn is_rule(code: &str) -> bool;
+}
+
 /// The handler of `payment.completed`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Points;
 
-impl BatchHandler for Points {
-    async fn handle_batch(&self, tx: &mut Tx, messages: &[Delivered]) -> Vec<Answer> {
-        let mut answers = Vec::with_capacity(messages.len());
-        for message in messages {
-            answers.push(match Payment::read(&message.payload) {
-                Ok(payment) => match grant(tx, message, &payment).await {
-                    Ok(()) => Answer::Consumed,
-                    Err(error) => word_on(&error),
-                },
-                Err(unreadable) => Answer::rejected(unreadable),
-            });
+impl<D: Grants> BatchHandler<D> for Points {
+    async fn handle_batch(&self, tx: &mut Tx<D>, messages: &[Delivered]) -> Vec<Answer> {
+        let mut payments = Vec::with_capacity(messages.len());
+        let mut answers = vec![Answer::Consumed; messages.len()];
+        for (index, message) in messages.iter().enumerate() {
+            match Payment::read(&message.payload) {
+                Ok(payment) => payments.push((index, payment)),
+                Err(unreadable) => answers[index] = Answer::rejected(unreadable),
+            }
+        }
+        // Two transactions that lock balances in one order wait for each other at most once.
+        payments.sort_by(|(_, one), (_, other)| one.user.cmp(&other.user));
+        for (index, payment) in payments {
+            if let Err(error) = D::grant(tx, &messages[index], &payment).await {
+                answers[index] = word_on::<D>(&error);
+            }
         }
         answers
     }
@@ -36,44 +65,23 @@ fn points(payment: &Payment) -> i64 {
     payment.amount / MINOR_UNITS_PER_POINT
 }
 
-async fn grant(tx: &mut Tx, message: &Delivered, payment: &Payment) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        r#"
-        -- grant, which changes the balance
-        INSERT INTO point_grant (message_id, user, caller, order_id, points)
-        VALUES (?, ?, ?, ?, ?)
-        "#,
-    )
-    .bind(message.message_id.as_bytes().as_slice())
-    .bind(&payment.user)
-    .bind(&payment.caller)
-    .bind(&payment.order_id)
-    .bind(points(payment))
-    .execute(tx)
-    .await?;
-    Ok(())
-}
-
 /// A rule of the schema that refuses is the message's failure. A full or failing disk is not:
 /// it must not use up the attempts of every message that comes by.
-fn word_on(error: &sqlx::Error) -> Answer {
-    const SQLITE_CONSTRAINT: u32 = 19;
-    let code = error
-        .as_database_error()
-        .and_then(|error| error.code()?.parse::<u32>().ok());
+fn word_on<D: Grants>(error: &sqlx::Error) -> Answer {
+    let code = error.as_database_error().and_then(DatabaseError::code);
     match code {
-        Some(code) if code & 0xff == SQLITE_CONSTRAINT => Answer::failed(error),
+        Some(code) if D::is_rule(&code) => Answer::failed(error),
         _ => Answer::Later(DATABASE_LATER),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use sqlx::{Connection as _, SqliteConnection};
+pub(crate) mod tests {
+    use sqlx::{Connection as _, Sqlite, SqliteConnection};
     use uuid::Uuid;
 
     use super::*;
-    use crate::SCHEMA;
+    use crate::database::sqlite::SCHEMA;
 
     async fn database() -> SqliteConnection {
         let mut db = SqliteConnection::connect("sqlite::memory:").await.unwrap();
@@ -83,7 +91,7 @@ mod tests {
         db
     }
 
-    fn paid(number: u128, user: &str, amount: i64) -> Delivered {
+    pub(crate) fn paid(number: u128, user: &str, amount: i64) -> Delivered {
         let payload = format!(
             r#"{{"caller":"shop","order_id":"{number}","user":"{user}","amount":{amount}}}"#
         );
@@ -112,7 +120,7 @@ mod tests {
             paid(3, "ada", 250),
             paid(4, "ada", 99),
         ];
-        let answers = Points.handle_batch(&mut db, &batch).await;
+        let answers = BatchHandler::<Sqlite>::handle_batch(&Points, &mut db, &batch).await;
         assert_eq!(answers, vec![Answer::Consumed; 4]);
         let balances: Vec<(String, i64)> =
             sqlx::query_as("SELECT user, points FROM balance ORDER BY user")
@@ -124,13 +132,14 @@ mod tests {
             .fetch_all(&mut db)
             .await
             .unwrap();
-        assert_eq!(grants, [19, 1, 2, 0], "a small payment has its grant too");
+        assert_eq!(grants, [19, 2, 0, 1], "a small payment has its grant too");
     }
 
     #[tokio::test]
     async fn a_payload_that_is_not_a_payment_is_rejected_with_a_reason() {
         let mut db = database().await;
-        let answers = Points.handle_batch(&mut db, &[paid(1, "", 100)]).await;
+        let answers =
+            BatchHandler::<Sqlite>::handle_batch(&Points, &mut db, &[paid(1, "", 100)]).await;
         assert_eq!(answers, [Answer::rejected("user is empty")]);
     }
 
@@ -138,7 +147,7 @@ mod tests {
     async fn what_is_granted_stays_and_doubling_would_show() {
         let mut db = database().await;
         let batch = [paid(1, "ada", 100), paid(1, "ada", 100)];
-        let answers = Points.handle_batch(&mut db, &batch).await;
+        let answers = BatchHandler::<Sqlite>::handle_batch(&Points, &mut db, &batch).await;
         assert_eq!(answers, vec![Answer::Consumed; 2]);
         for (sql, text) in [
             ("UPDATE point_grant SET points = 9", "never changed"),

@@ -85,8 +85,43 @@
 //! }
 //! ```
 //!
-//! Parts start in any order: a service, topic, subscription or database that is not there yet
-//! is waited for. After `shutdown` nothing new is asked for, what was delivered is worked off
+//! With RabbitMQ and PostgreSQL:
+//!
+//! ```no_run
+//! use handfast_consumer::{Answer, Consumer, Delivered, Handler, Tx, rabbitmq};
+//! use sqlx::Postgres;
+//! use tokio_util::sync::CancellationToken;
+//!
+//! struct Mailer;
+//!
+//! impl Handler<Postgres> for Mailer {
+//!     async fn handle(&self, tx: &mut Tx<Postgres>, message: &Delivered) -> Answer {
+//!         let queued = sqlx::query("INSERT INTO mail (message_id, payload) VALUES ($1, $2)")
+//!             .bind(message.message_id)
+//!             .bind(message.payload.as_ref())
+//!             .execute(tx)
+//!             .await;
+//!         match queued {
+//!             Ok(_) => Answer::Consumed,
+//!             Err(error) => Answer::failed(error),
+//!         }
+//!     }
+//! }
+//!
+//! # async fn start() -> Result<(), Box<dyn std::error::Error>> {
+//! let pool = sqlx::PgPool::connect("postgres://postgres@127.0.0.1:5432/mailer").await?;
+//! Consumer::connect(rabbitmq("amqp://guest:guest@127.0.0.1:5672/%2f"))
+//!     .await?
+//!     .subscription("order.shipped", "mailer")
+//!     .inbox(pool)
+//!     .run(Mailer, CancellationToken::new())
+//!     .await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Parts start in any order: a service, broker, queue, topic, subscription or database that is
+//! not there yet is waited for. After `shutdown` nothing new is asked for, what was delivered is worked off
 //! and answered, and [`Subscriber::run`] returns its numbers.
 //!
 //! Reading order of the source: `consumer` (the builder) · `dispatch` (the loop) · `queue`

@@ -1,0 +1,32 @@
+//! Grants in SQLite.
+
+use handfast_consumer::{Delivered, Tx};
+use sqlx::Sqlite;
+
+use super::{GRANT, Grants, points};
+use crate::payment::Payment;
+
+const SQLITE_CONSTRAINT: u32 = 19;
+
+impl Grants for Sqlite {
+    async fn grant(
+        tx: &mut Tx<Self>,
+        message: &Delivered,
+        payment: &Payment,
+    ) -> Result<(), sqlx::Error> {
+        sqlx::query(GRANT)
+            .bind(message.message_id)
+            .bind(&payment.user)
+            .bind(&payment.caller)
+            .bind(&payment.order_id)
+            .bind(points(payment))
+            .execute(tx)
+            .await?;
+        Ok(())
+    }
+
+    fn is_rule(code: &str) -> bool {
+        code.parse()
+            .is_ok_and(|code: u32| code & 0xff == SQLITE_CONSTRAINT)
+    }
+}

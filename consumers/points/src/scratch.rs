@@ -1,0 +1,53 @@
+//! A database of a test's own on the PostgreSQL server that `HANDFAST_TEST_POSTGRES` names.
+
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions as _};
+
+/// A new database; it goes when this is dropped, with everybody who is connected to it.
+pub(crate) struct Scratch {
+    server: PgConnectOptions,
+    name: String,
+}
+
+impl Scratch {
+    pub(crate) async fn create() -> Self {
+        let Ok(url) = std::env::var("HANDFAST_TEST_POSTGRES") else {
+            panic!("HANDFAST_TEST_POSTGRES is not set; run `cargo xtask test`, or name a server");
+        };
+        let server: PgConnectOptions = url.parse().unwrap();
+        let name = format!("handfast_test_{}", uuid::Uuid::new_v4().simple());
+        run(&server, format!("CREATE DATABASE {name}")).await;
+        Self { server, name }
+    }
+
+    /// How to connect to it.
+    pub(crate) fn options(&self) -> PgConnectOptions {
+        self.server.clone().database(&self.name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let sql = format!("DROP DATABASE {} WITH (FORCE)", self.name);
+        let server = self.server.clone();
+        // A thread of its own, because a test's runtime cannot be waited for inside of it.
+        let dropping = std::thread::spawn(move || {
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap()
+                .block_on(run(&server, sql));
+        });
+        // A test that has failed says more than what it leaves.
+        let dropped = dropping.join();
+        assert!(dropped.is_ok() || std::thread::panicking());
+    }
+}
+
+async fn run(server: &PgConnectOptions, sql: String) {
+    let mut connection = server.connect().await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(sql))
+        .execute(&mut connection)
+        .await
+        .unwrap();
+}
