@@ -19,6 +19,7 @@ import psycopg
 CONSUMED, FAILED, LATER, REJECTED = "CONSUMED", "FAILED", "LATER", "REJECTED"
 
 PREFETCH = 20
+FIRST_BACKOFF_S = 0.1
 REASON_CHARACTERS = 250  # at most 1,000 bytes
 REMEMBERS_US = (7 - 1) * 24 * 3600 * 1_000_000
 PATIENCE = dict(heartbeat=30, blocked_connection_timeout=10, socket_timeout=4)
@@ -52,6 +53,7 @@ class Consumer:
         self.queue = f"{options.deployment}.{options.subscription}"
         self.acknowledge = f"{options.deployment}.acknowledge"
         self.database = None
+        self.backoff_s = FIRST_BACKOFF_S
         self.stopping = False
 
     def stop(self, *_):
@@ -59,16 +61,14 @@ class Consumer:
 
     def run(self):
         """Consumes until it is stopped. A queue or a RabbitMQ that is missing is waited for."""
-        backoff = 0.1
         while not self.stopping:
             try:
                 with self.connect() as incoming, self.connect() as outgoing:
-                    backoff = 0.1
                     self.consume(incoming, outgoing)
             except (pika.exceptions.AMQPError, OSError) as error:
                 logging.warning("waiting for RabbitMQ: %r", error)
-                time.sleep(backoff)
-                backoff = min(2 * backoff, 2)
+                time.sleep(self.backoff_s)
+                self.backoff_s = min(2 * self.backoff_s, 2)
 
     def connect(self):
         parameters = pika.URLParameters(self.options.amqp)
@@ -83,6 +83,7 @@ class Consumer:
         answers = outgoing.channel()
         answers.confirm_delivery()
         for method, properties, body in deliveries.consume(self.queue, inactivity_timeout=0.2):
+            self.backoff_s = FIRST_BACKOFF_S
             outgoing.process_data_events(0)  # its heartbeats
             if method is not None:
                 self.take(deliveries, answers, method, properties, body)

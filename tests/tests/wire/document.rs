@@ -8,25 +8,17 @@ use crate::scratch::Database;
 
 const DOCUMENT: &str = include_str!("../../../docs/guide/wire.md");
 
-/// The code blocks of one language, in their order.
+/// The code blocks of one language, in their order, without indentation.
 pub(crate) fn blocks(language: &str) -> Vec<String> {
-    let mut blocks = Vec::new();
-    let mut open: Option<String> = None;
-    for line in DOCUMENT.lines().map(str::trim_start) {
-        match (&mut open, line.strip_prefix("```")) {
-            (None, Some(begins)) if begins == language => open = Some(String::new()),
-            (None, Some(_)) => open = Some(String::from("\0")),
-            (Some(_), Some(_)) => {
-                blocks.extend(open.take().filter(|block| !block.starts_with('\0')))
-            }
-            (Some(block), None) => {
-                block.push_str(line);
-                block.push('\n');
-            }
-            (None, None) => {}
-        }
-    }
+    // Between two fences lies a block: the language, and on the next lines the code.
+    let blocks = DOCUMENT.split("```").skip(1).step_by(2);
     blocks
+        .filter_map(|block| {
+            let (begins, code) = block.split_once('\n')?;
+            let lines: Vec<_> = code.lines().map(str::trim_start).collect();
+            (begins == language).then(|| lines.join("\n"))
+        })
+        .collect()
 }
 
 /// The one PostgreSQL block with these words.
