@@ -13,6 +13,8 @@ use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Channel, Connection, ConnectionProperties, Event};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +30,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const SLOWEST_RETRY: Duration = Duration::from_secs(2);
 /// Missing twice in a row, the connection is over.
 const HEARTBEAT_S: u16 = 10;
+/// The first bytes of every client.
+const PROTOCOL_HEADER: &[u8] = b"AMQP\0\0\x09\x01";
 /// How often the connection is looked at besides its events.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -168,10 +172,11 @@ impl Link {
         let mut chance = StdRng::seed_from_u64(seed);
         let mut wait = FIRST_RETRY;
         let mut address = 0;
+        let mut silent = false;
         loop {
             let uri = self.addresses.0[address % self.addresses.0.len()].clone();
             address += 1;
-            let opening = self.open(uri);
+            let opening = self.open(uri, &mut silent);
             let opened = tokio::select! {
                 opened = opening => opened,
                 () = stop.cancelled() => return,
@@ -196,10 +201,17 @@ impl Link {
         }
     }
 
-    async fn open(&self, uri: AMQPUri) -> Result<Connection, Error> {
+    async fn open(&self, uri: AMQPUri, silent: &mut bool) -> Result<Connection, Error> {
+        // A handshake that is given up leaves a thread of lapin behind until RabbitMQ goes on. So
+        // while it does not answer, it is looked at without lapin.
+        if *silent {
+            knock(&uri.authority.host, uri.authority.port).await?;
+        }
         let name = format!("handfast {}", self.purpose);
         let options = ConnectionProperties::default().with_connection_name(name.into());
-        match timeout(STEP, Connection::connect_uri(uri, options)).await {
+        let connected = timeout(STEP, Connection::connect_uri(uri, options)).await;
+        *silent = connected.is_err();
+        match connected {
             Ok(connection) => Ok(connection?),
             Err(_) => Err(Error::timed_out("connect", STEP)),
         }
@@ -282,6 +294,20 @@ impl Link {
                 self.purpose
             );
         }
+    }
+}
+
+/// Sees whether an AMQP server answers at all.
+async fn knock(host: &str, port: u16) -> Result<(), Error> {
+    let knocking = async {
+        let mut door = TcpStream::connect((host, port)).await?;
+        door.write_all(PROTOCOL_HEADER).await?;
+        door.read_u8().await
+    };
+    match timeout(STEP, knocking).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(lapin::Error::from(error).into()),
+        Err(_) => Err(Error::timed_out("connect", STEP)),
     }
 }
 
