@@ -10,6 +10,7 @@ mod accounting_is_away;
 mod broken_data;
 mod by_hand;
 mod fence;
+mod guide_commands;
 mod order_from_balance;
 mod payment_completed;
 mod payout;
