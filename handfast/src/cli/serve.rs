@@ -18,7 +18,8 @@ use super::Failure;
         ends the process at once with 143 or 130.\n\n\
         Examples:\n  \
         handfast serve --config handfast.toml\n  \
-        handfast serve --listen 127.0.0.1:7400 --store sqlite:/var/lib/handfast/handfast.db"
+        handfast serve --listen 127.0.0.1:7400 --store sqlite:/var/lib/handfast/handfast.db\n  \
+        handfast serve --store postgres://handfast@db/handfast --broker amqp://handfast@mq/%2f"
 )]
 pub(super) struct Args {
     /// The configuration file
