@@ -41,8 +41,19 @@ impl RabbitMq {
     /// One round. The first error is returned, and does not keep others from their turn.
     async fn look_at_all(&self, opened: &Arc<Opened>) -> Result<(), String> {
         if !*self.ours.borrow() {
-            let marked = self.mark(opened).await.map_err(|error| error.to_string())?;
-            marked.map_err(|refused| refused.to_string())?;
+            let marked = self.mark(opened).await;
+            let why = match marked {
+                Ok(Ok(())) => None,
+                Ok(Err(refused)) => Some(refused.to_string()),
+                Err(error) => Some(format!("queue {}: {error}", self.names.mark())),
+            };
+            if let Some(why) = why {
+                for subscription in self.queues.which(|_| true) {
+                    let shown = Health::Undeclared(why.clone());
+                    self.queues.turn(&subscription, |_| true, shown);
+                }
+                return Err(why);
+            }
         }
         for subscription in self.take_removed() {
             self.remove(opened, &subscription).await;
