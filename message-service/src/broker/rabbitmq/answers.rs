@@ -105,7 +105,15 @@ async fn take(rabbit: &RabbitMq, sink: &dyn AnswerSink, opened: &Arc<Opened>) ->
     let queue = rabbit.names.acknowledge();
     declare::acknowledge(opened, &queue).await?;
     let channel = opened.channel().await?;
-    let mut consumer = consume(&channel, &queue).await?;
+    let mut consumer = match consume(&channel, &queue).await {
+        Ok(consumer) => consumer,
+        Err(error) => {
+            // It may have begun all the same, and then RabbitMQ gives this channel what nobody
+            // takes.
+            opened.give_up();
+            return Err(error);
+        }
+    };
     loop {
         let first = tokio::select! {
             first = consumer.next() => first,

@@ -15,8 +15,9 @@ use super::queues::Health;
 use crate::pass::Trouble;
 use crate::store::Lane;
 
-/// The wait before the first try; it doubles.
-const FIRST_TRY: Duration = Duration::from_millis(500);
+/// The wait before the first try; it doubles. By then what the queue refused is due again, so
+/// that there is something to try it with.
+const FIRST_TRY: Duration = Duration::from_millis(1_500);
 /// The longest wait between two tries.
 const SLOWEST_TRY: Duration = Duration::from_secs(4);
 /// How often it is looked for messages that must go alone.
