@@ -184,6 +184,14 @@ impl Guard {
             .read_state(&self.columns, &key)
             .await
             .map_err(|source| self.error("read", source))?;
+        if current.as_deref() == Some(from) {
+            // Another transaction has moved it there between the two statements. Reading has
+            // locked it, so nobody moves it away before the third.
+            let changed = tx.change_state(&self.columns, &key, from, to).await;
+            if changed.map_err(|source| self.error("change", source))? {
+                return Ok(Transition::Applied);
+            }
+        }
         Ok(match current {
             None => Transition::TooEarly,
             Some(state) if state == to => Transition::AlreadyApplied,
