@@ -6,10 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use payment::pay::{Completed, TOPIC};
 use sha2::{Digest as _, Sha256};
-use sqlx::sqlite::{SqlitePool, SqliteRow};
-use sqlx::{AssertSqlSafe, FromRow, Row as _};
 
 use crate::clients::name_of;
+use crate::database::{Database, Read, Row, number, rows};
 use crate::world::World;
 
 type Id = Vec<u8>;
@@ -20,9 +19,9 @@ macro_rules! row {
         $(#[$meta])*
         pub struct $name { $($(#[$doc])* pub $column: $type,)* }
 
-        impl FromRow<'_, SqliteRow> for $name {
-            fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
-                Ok(Self { $($column: row.try_get(stringify!($column))?,)* })
+        impl Read for $name {
+            fn read(row: Row<'_>) -> Result<Self, sqlx::Error> {
+                Ok(Self { $($column: row.get(stringify!($column))?,)* })
             }
         }
     };
@@ -180,51 +179,35 @@ impl Books {
             opened: world.opened,
             ..Self::default()
         };
-        let exists = |name: &str| world.database_file(name).exists();
-        if exists("payment") {
-            let db = world.database("payment").await;
+        if let Some(db) = made(world, "payment", "account").await {
             books.read_payment(&db).await;
             db.close().await;
         }
-        if exists("service") {
-            let db = world.database("service").await;
-            books.messages = rows(
-                &db,
-                "SELECT id, topic, state, decided_by, content_hash, checks, conflict,
-                        prepared_at, decided_at FROM message ORDER BY id",
-            )
-            .await;
-            books.deliveries = rows(
-                &db,
-                "SELECT message_id, subscription, state, attempts, generation, confirmed_at,
-                        first_sent_at, sent_at, answered_at, last_error
-                   FROM delivery ORDER BY message_id, subscription",
-            )
-            .await;
+        if let Some(db) = made(world, "service", "message").await {
+            books.read_service(&db).await;
             db.close().await;
         }
-        if exists("accounting") {
-            let db = world.database("accounting").await;
+        if let Some(db) = made(world, "accounting", "voucher").await {
             books.vouchers = rows(
                 &db,
-                "SELECT message_id, caller, order_id, user, amount, at FROM voucher",
+                "SELECT message_id, caller, order_id, \"user\", amount, at FROM voucher",
             )
             .await;
             books.unbalanced = number(
                 &db,
                 "SELECT count(*) FROM voucher v
-                  WHERE (SELECT sum(amount) IS NOT 0 OR count(*) <> 2
+                  WHERE (SELECT coalesce(sum(amount), 0) <> 0 OR count(*) <> 2
                            FROM voucher_line l WHERE l.voucher = v.id)",
             )
             .await;
             books.seen_by_accounting = seen(&db).await;
             db.close().await;
         }
-        if exists("points") {
-            let db = world.database("points").await;
+        if let Some(db) = made(world, "points", "point_grant").await {
             books.grants = rows(
                 &db,
-                "SELECT message_id, caller, order_id, user, points AS amount, at FROM point_grant",
+                "SELECT message_id, caller, order_id, \"user\", points AS amount, at
+                   FROM point_grant",
             )
             .await;
             books.seen_by_points = seen(&db).await;
@@ -233,14 +216,31 @@ impl Books {
         books
     }
 
-    async fn read_payment(&mut self, db: &SqlitePool) {
+    async fn read_service(&mut self, db: &Database) {
+        self.messages = rows(
+            db,
+            "SELECT id, topic, state, decided_by, content_hash, checks, conflict,
+                    prepared_at, decided_at FROM message ORDER BY id",
+        )
+        .await;
+        self.deliveries = rows(
+            db,
+            "SELECT message_id, subscription, state, attempts, generation, confirmed_at,
+                    first_sent_at, sent_at, answered_at, last_error
+               FROM delivery ORDER BY message_id, subscription",
+        )
+        .await;
+    }
+
+    async fn read_payment(&mut self, db: &Database) {
         self.payments = rows(db, "SELECT order_id, state, amount FROM payment").await;
         self.tries = number(db, "SELECT count(*) FROM pay_try").await;
         self.done = rows(db, "SELECT message_id, order_id, at FROM pay_done").await;
         let fence: Vec<(Id, String)> =
             rows(db, "SELECT message_id, verdict FROM handfast_fence").await;
         self.fence = fence.into_iter().collect();
-        self.money = number(db, "SELECT coalesce(sum(balance), 0) FROM account").await;
+        let money = "SELECT CAST(coalesce(sum(balance), 0) AS bigint) FROM account";
+        self.money = number(db, money).await;
     }
 
     /// What is still on its way, if anything is.
@@ -506,32 +506,23 @@ fn content_hash(seen: &Effect) -> Vec<u8> {
     hash.finalize().to_vec()
 }
 
-async fn seen(db: &SqlitePool) -> BTreeMap<Id, i64> {
-    let there = "SELECT count(*) FROM sqlite_schema WHERE name = 'handfast_inbox'";
-    if number(db, there).await == 0 {
+/// The database of a party, if it is there with this table.
+async fn made(world: &World, name: &str, table: &str) -> Option<Database> {
+    let database = world.database_if_any(name).await?;
+    let made = database.has(table).await;
+    if !made {
+        database.close().await;
+        return None;
+    }
+    Some(database)
+}
+
+async fn seen(db: &Database) -> BTreeMap<Id, i64> {
+    if !db.has("handfast_inbox").await {
         return BTreeMap::new();
     }
     let rows: Vec<(Id, i64)> = rows(db, "SELECT message_id, seen FROM handfast_inbox").await;
     rows.into_iter().collect()
-}
-
-/// The rows of a query, in a database that somebody else writes to.
-pub async fn rows<T>(db: &SqlitePool, sql: &str) -> Vec<T>
-where
-    T: for<'r> FromRow<'r, SqliteRow> + Send + Unpin,
-{
-    sqlx::query_as(AssertSqlSafe(sql.to_owned()))
-        .fetch_all(db)
-        .await
-        .unwrap_or_else(|error| panic!("{sql}: {error}"))
-}
-
-/// One number.
-pub async fn number(db: &SqlitePool, sql: &str) -> i64 {
-    sqlx::query_scalar(AssertSqlSafe(sql.to_owned()))
-        .fetch_one(db)
-        .await
-        .unwrap_or_else(|error| panic!("{sql}: {error}"))
 }
 
 #[cfg(test)]

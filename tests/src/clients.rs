@@ -260,14 +260,19 @@ impl Raw {
         only(reply.expect("an answer").into_inner().results)
     }
 
-    /// Cancels.
-    pub async fn cancel(&self, id: &[u8]) -> Result<MessageState, Refused> {
+    /// Cancels; Err is a call that was not answered.
+    pub async fn try_cancel(&self, id: &[u8]) -> Result<Result<MessageState, Refused>, Status> {
         let request = CancelRequest {
             producer: self.producer.clone(),
             message_ids: vec![id.to_vec()],
         };
-        let reply = self.client.clone().cancel(request).await;
-        only(reply.expect("an answer").into_inner().results)
+        let reply = self.client.clone().cancel(request).await?;
+        Ok(only(reply.into_inner().results))
+    }
+
+    /// Cancels.
+    pub async fn cancel(&self, id: &[u8]) -> Result<MessageState, Refused> {
+        self.try_cancel(id).await.expect("an answer")
     }
 
     /// What became of a message, if the service knows it.

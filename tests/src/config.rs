@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use crate::home::Home;
+
 /// The configuration file of a world, in parts that a test can change.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -10,7 +12,8 @@ pub struct Config {
     server: Vec<(String, String)>,
     producers: Vec<String>,
     topics: Vec<String>,
-    subscriptions: Vec<String>,
+    /// Name and table.
+    subscriptions: Vec<(String, String)>,
 }
 
 /// Timers that are as far apart as the real ones, only shorter.
@@ -83,24 +86,44 @@ impl Config {
     /// Adds a subscription with more lines of its own.
     #[must_use]
     pub fn subscription_with(mut self, name: &str, topic: &str, lines: &str) -> Self {
-        self.subscriptions
-            .push(format!("name = \"{name}\"\ntopic = \"{topic}\"\n{lines}\n"));
+        let table = format!("name = \"{name}\"\ntopic = \"{topic}\"\n{lines}\n");
+        self.subscriptions.push((name.to_owned(), table));
         self
     }
 
-    /// The file.
-    pub(crate) fn text(&self, listen: &str, store: &str) -> String {
+    /// The file, for a service that lives there.
+    pub(crate) fn text(&self, listen: &str, home: &Home) -> String {
         let mut text = format!(
-            "topology_version = {}\n\n[server]\nlisten = \"{listen}\"\nstore = \"sqlite:{store}\"\n",
+            "topology_version = {}\n\n[server]\nlisten = \"{listen}\"\n",
             self.version
         );
+        let store = home.address("service");
+        let engines = match home.production() {
+            None => format!("store = \"sqlite:{store}\"\n"),
+            Some(production) => {
+                for (name, _) in &self.subscriptions {
+                    production.queue(name);
+                }
+                format!(
+                    "store = \"{store}\"\nbroker = \"{}\"\ndeployment = \"{}\"\n",
+                    home.service_amqp().unwrap_or_default(),
+                    production.deployment()
+                )
+            }
+        };
+        text.push_str(&engines);
         for (key, value) in &self.server {
             writeln!(text, "{key} = {value}").expect("a string takes text");
         }
+        let subscriptions: Vec<_> = self
+            .subscriptions
+            .iter()
+            .map(|(_, table)| table.clone())
+            .collect();
         for (kind, tables) in [
             ("producer", &self.producers),
             ("topic", &self.topics),
-            ("subscription", &self.subscriptions),
+            ("subscription", &subscriptions),
         ] {
             for table in tables {
                 write!(text, "\n[[{kind}]]\n{table}").expect("a string takes text");

@@ -1,4 +1,4 @@
-//! All of it together: a folder, an address, a configuration, and the processes.
+//! All of it together: a folder, databases, an address, a configuration, and the processes.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -12,15 +12,15 @@ use handfast_proto::v1::console_client::ConsoleClient;
 use handfast_proto::v1::deliveries_client::DeliveriesClient;
 use handfast_proto::v1::messages_client::MessagesClient;
 use nix::sys::signal::Signal;
-use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions};
-use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::health_client::HealthClient;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 
-use crate::books::{Books, number};
+use crate::books::Books;
 use crate::clients::{Payments, Raw};
-use crate::config::Config;
+use crate::config::{Config, STEP_MS};
+use crate::database::Database;
+use crate::home::{Engines, Home, Servers};
 use crate::process::Process;
 use crate::wait::eventually;
 
@@ -70,21 +70,21 @@ impl Party {
     }
 }
 
-/// A folder, an address, and what runs there. Dropped, it kills what runs and removes the
-/// folder.
+/// A folder, databases, an address, and what runs there. Dropped, it kills what runs and removes
+/// what it made.
 #[derive(Debug)]
 pub struct World {
     /// What the service is told at its next start.
     pub config: Config,
     /// After this long, payment answers PROCESSING.
     pub pay_deadline_ms: u64,
-    /// Where the service keeps its database, if not in the world's folder.
-    pub service_file: Option<PathBuf>,
     /// What the environment tells the service; it wins over the configuration.
     pub service_environment: BTreeMap<String, String>,
-    // Before the folder, so that everything is dead before it is removed.
+    // Before the home, so that everything is dead before it is removed.
     running: BTreeMap<String, Process>,
-    folder: TempDir,
+    home: Home,
+    /// The servers that are this world's own.
+    pub servers: Servers,
     host: Ipv4Addr,
     /// The sum of what the accounts were opened with.
     pub(crate) opened: i64,
@@ -92,52 +92,71 @@ pub struct World {
 
 impl World {
     /// A world in which nothing runs yet and which knows payment, accounting and points.
-    pub async fn new() -> Self {
-        let host = own_address();
-        let config = Config::empty()
-            .producer("payment", SocketAddr::from((host, STATUS_PORT)))
-            .topic("payment.completed")
-            .subscription("accounting", "payment.completed")
-            .subscription("points", "payment.completed");
-        let mut world = Self::with(host, config);
-        world.open_account(USER, BALANCE).await;
-        world.open_account(POOR, 0).await;
+    pub async fn new(engines: Engines) -> Self {
+        Self::with_servers(engines, Servers::default()).await
+    }
+
+    /// The same on servers of its own.
+    pub async fn with_servers(engines: Engines, servers: Servers) -> Self {
+        let mut world = Self::bare_with_servers(engines, servers, Config::empty());
+        let usual = format!("schedule_ms = [{STEP_MS}]");
+        world.config = world.config_of_payment(&usual);
+        world.open_accounts([(USER, BALANCE), (POOR, 0)]).await;
         world
     }
 
     /// Opens an account at payment.
     pub async fn open_account(&mut self, name: &str, balance: i64) {
-        let pool = payment::open_database(&self.file("payment.db"))
+        self.open_accounts([(name, balance)]).await;
+    }
+
+    async fn open_accounts<const N: usize>(&mut self, accounts: [(&str, i64); N]) {
+        self.home.make("payment").await;
+        let database = payment::Database::parse(&self.home.address("payment"));
+        let database = database.expect("payment's database");
+        self.opened += accounts.iter().map(|(_, balance)| balance).sum::<i64>();
+        let accounts = accounts.map(|(name, balance)| (name.to_owned(), balance));
+        payment::open_accounts(&database, accounts)
             .await
-            .expect("payment's database opens");
-        payment::open_account(&pool, name, balance)
-            .await
-            .expect("an account opens");
-        pool.close().await;
-        self.opened += balance;
+            .expect("accounts open");
     }
 
     /// A world of which the service knows only what `config` says.
-    pub fn bare(config: Config) -> Self {
-        Self::with(own_address(), config)
+    pub fn bare(engines: Engines, config: Config) -> Self {
+        Self::bare_with_servers(engines, Servers::default(), config)
     }
 
-    fn with(host: Ipv4Addr, config: Config) -> Self {
+    /// The same on servers of its own.
+    pub fn bare_with_servers(engines: Engines, servers: Servers, config: Config) -> Self {
         Self {
             config,
             pay_deadline_ms: 5_000,
-            service_file: None,
             service_environment: BTreeMap::new(),
             running: BTreeMap::new(),
-            folder: TempDir::with_prefix("handfast-test-").expect("a temporary folder"),
-            host,
+            home: Home::new(engines, &servers),
+            servers,
+            host: own_address(),
             opened: 0,
         }
     }
 
+    /// Payment, accounting with these lines, and points.
+    pub fn config_of_payment(&self, accounting: &str) -> Config {
+        Config::empty()
+            .producer("payment", self.address(STATUS_PORT))
+            .topic("payment.completed")
+            .subscription_with("accounting", "payment.completed", accounting)
+            .subscription("points", "payment.completed")
+    }
+
+    /// What it runs on.
+    pub const fn engines(&self) -> Engines {
+        self.home.engines()
+    }
+
     /// A world with everything running.
-    pub async fn running() -> Self {
-        let mut world = Self::new().await;
+    pub async fn running(engines: Engines) -> Self {
+        let mut world = Self::new(engines).await;
         world.start_all().await;
         world
     }
@@ -153,7 +172,7 @@ impl World {
 
     /// A file in the world's folder.
     pub fn file(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.home.file(name)
     }
 
     /// An address of this world; ports below 8000 are the four parties'.
@@ -186,6 +205,7 @@ impl World {
     /// Starts one party with armed fail points, `name=action;…`, and waits until it serves or
     /// has died.
     pub async fn start_armed(&mut self, party: Party, armed: &str) {
+        self.home.make(party.name()).await;
         let mut command = self.command(party);
         if !armed.is_empty() {
             command.env(ENVIRONMENT, armed);
@@ -292,12 +312,12 @@ impl World {
     }
 
     fn command(&self, party: Party) -> Command {
-        let database = self.database_file(party.name());
+        let database = self.home.address(party.name());
         let mut command = match party {
             Party::Service => {
                 let file = self.file("handfast.toml");
                 let listen = self.address(SERVICE_PORT).to_string();
-                let text = self.config.text(&listen, &database.display().to_string());
+                let text = self.config.text(&listen, &self.home);
                 std::fs::write(&file, text).expect("the configuration can be written");
                 let mut command = Command::new(handfast());
                 command.arg("serve").arg("--config").arg(file);
@@ -312,6 +332,12 @@ impl World {
                     .env(variable("SERVICE"), self.service_url())
                     .env(variable("DATABASE"), database)
                     .env(variable("HANDLER_TIMEOUT_MS"), "1500");
+                match self.home.production() {
+                    None => command.env(variable("SOURCE"), self.service_url()),
+                    Some(production) => command
+                        .env(variable("SOURCE"), &production.amqp)
+                        .env(variable("DEPLOYMENT"), production.deployment()),
+                };
                 command
             }
         };
@@ -323,7 +349,7 @@ impl World {
             )
             .env("PAYMENT_JOB_INTERVAL_MS", "300")
             .env("PAYMENT_PAY_DEADLINE_MS", self.pay_deadline_ms.to_string())
-            .current_dir(self.folder.path());
+            .current_dir(self.home.folder());
         command
     }
 
@@ -358,9 +384,8 @@ impl World {
 
     /// A consumer listens to nobody; it makes its inbox last of all before it consumes.
     async fn until_inbox(&mut self, party: Party) {
-        let file = self.file(&format!("{}.db", party.name()));
-        let process = self.running.get_mut(party.name()).expect("it was started");
-        let inbox = "SELECT count(*) FROM sqlite_schema WHERE name = 'handfast_inbox'";
+        let (home, running) = (&self.home, &mut self.running);
+        let process = running.get_mut(party.name()).expect("it was started");
         eventually(
             format!("{} has its inbox", party.name()),
             START,
@@ -368,18 +393,18 @@ impl World {
                 if process.ended().is_some() {
                     return Ok(());
                 }
-                if !file.exists() {
-                    return Err("there is no database".to_owned());
-                }
-                let db = look_at(&file).await;
-                let tables = number(&db, inbox).await;
-                db.close().await;
-                (tables == 1)
+                has(home, party.name(), "handfast_inbox")
+                    .await
                     .then_some(())
                     .ok_or_else(|| "there is no inbox".to_owned())
             },
         )
         .await;
+    }
+
+    /// Whether a party has ever consumed, by its database.
+    pub async fn has_inbox(&self, name: &str) -> bool {
+        has(&self.home, name, "handfast_inbox").await
     }
 
     // === Clients ===
@@ -417,19 +442,46 @@ impl World {
         ConsoleClient::new(self.channel(&self.service_url()))
     }
 
-    // === Databases ===
+    // === Databases and queues ===
 
-    /// The database file of a party or program of this name.
-    pub fn database_file(&self, name: &str) -> PathBuf {
-        match &self.service_file {
-            Some(file) if name == Party::Service.name() => file.clone(),
-            _ => self.file(&format!("{name}.db")),
-        }
+    /// Keeps the service's database in another file than the world's folder.
+    pub fn keep_service_in(&mut self, file: PathBuf) {
+        self.home.keep_service_in(file);
+    }
+
+    /// Lets the service reach RabbitMQ by this URL, as a user of its own or by a detour.
+    pub fn connect_service_to(&mut self, amqp: String) {
+        self.home.connect_service_to(amqp);
+    }
+
+    /// Where a database of this name is, as programs are told.
+    pub fn database_address(&self, name: &str) -> String {
+        self.home.address(name)
+    }
+
+    /// Makes a database of this name for a program that is not a party.
+    pub async fn make_database(&self, name: &str) {
+        self.home.make(name).await;
     }
 
     /// The database of a party, as others may look at it while it runs.
-    pub async fn database(&self, name: &str) -> SqlitePool {
-        look_at(&self.database_file(name)).await
+    pub async fn database(&self, name: &str) -> Database {
+        let database = self.database_if_any(name).await;
+        database.unwrap_or_else(|| panic!("{name} has no database"))
+    }
+
+    /// The same, if it was made.
+    pub async fn database_if_any(&self, name: &str) -> Option<Database> {
+        self.home.open(name).await
+    }
+
+    /// Where RabbitMQ is, and what every name of this world in it begins with.
+    ///
+    /// # Panics
+    /// In a world without RabbitMQ.
+    pub fn rabbitmq(&self) -> (String, String) {
+        let production = self.home.production().expect("a world with RabbitMQ");
+        (production.amqp.clone(), production.deployment())
     }
 
     /// What all databases say now.
@@ -451,16 +503,14 @@ impl World {
     }
 }
 
-/// Opens a file that another process writes to, only to look.
-pub async fn look_at(path: &Path) -> SqlitePool {
-    let options = SqliteConnectOptions::new()
-        .filename(path)
-        .busy_timeout(Duration::from_secs(5));
-    SqlitePoolOptions::new()
-        .max_connections(1)
-        .connect_with(options)
-        .await
-        .unwrap_or_else(|error| panic!("cannot look at {}: {error}", path.display()))
+/// Whether the database of this name is there, with this table.
+async fn has(home: &Home, name: &str, table: &str) -> bool {
+    let Some(database) = home.open(name).await else {
+        return false;
+    };
+    let has = database.has(table).await;
+    database.close().await;
+    has
 }
 
 /// The tested program: the one that `HANDFAST_BIN` names, or the one in the folder above the

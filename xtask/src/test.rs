@@ -15,13 +15,15 @@ use crate::{leftovers, progress};
 const POSTGRES: &str = "HANDFAST_TEST_POSTGRES";
 const AMQP: &str = "HANDFAST_TEST_AMQP";
 /// What kills processes, fills disks and starts servers would disturb the others and itself.
-const SERIAL: [&str; 10] = [
+const SERIAL: [&str; 12] = [
     "test",
     "--workspace",
     "--test",
     "crash",
     "--test",
     "postgres",
+    "--test",
+    "bad_days",
     "--test",
     "servers",
     "--test",

@@ -1,4 +1,5 @@
-//! The disk under the service's database is full, and then it is not.
+//! The disk under the service's database is full, and then it is not. Embedded engines only: a
+//! disk is filled under SQLite here, and under PostgreSQL by the store's own tests.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,7 +7,7 @@ use std::time::Duration;
 
 use handfast_proto::v1::NewMessage;
 use handfast_tests::clients::{RawConsumer, message};
-use handfast_tests::{Config, Party, World, eventually};
+use handfast_tests::{Config, Engines, Party, World, eventually};
 use tonic::Code;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -62,8 +63,8 @@ async fn a_full_disk_is_unavailable_and_heals_by_itself() {
         .publisher("source")
         .topic("fact")
         .subscription("sink", "fact");
-    let mut world = World::bare(config);
-    world.service_file = Some(disk.path().join("service.db"));
+    let mut world = World::bare(Engines::Embedded, config);
+    world.keep_service_in(disk.path().join("service.db"));
     world.start(Party::Service).await;
     let source = world.raw("source");
     let fact = || NewMessage {
@@ -123,8 +124,8 @@ async fn a_prepare_that_found_the_disk_full_succeeds_later_without_a_restart() {
         .producer("source", "127.0.0.1:1")
         .topic("fact")
         .subscription("sink", "fact");
-    let mut world = World::bare(config);
-    world.service_file = Some(disk.path().join("service.db"));
+    let mut world = World::bare(Engines::Embedded, config);
+    world.keep_service_in(disk.path().join("service.db"));
     world.start(Party::Service).await;
     let process = world.process("service").id();
     let source = world.raw("source");

@@ -3,14 +3,17 @@
 use std::time::{Duration, Instant};
 
 use handfast_tests::clients::orders;
-use handfast_tests::{Floor, Party, World, eventually};
+use handfast_tests::{Engines, Floor, Party, World, eventually, on_both_engines};
 
 const SOON: Duration = Duration::from_secs(20);
 const ORDERS: usize = 400;
 
-#[tokio::test]
-async fn everybody_is_killed_while_busy_and_the_service_is_back_within_5_s() {
-    let mut world = World::running().await;
+on_both_engines! {
+    everybody_is_killed_while_busy_and_the_service_is_back_within_5_s,
+}
+
+async fn everybody_is_killed_while_busy_and_the_service_is_back_within_5_s(engines: Engines) {
+    let mut world = World::running(engines).await;
     let payments = world.payments();
     let orders = orders("a", ORDERS);
     let kills = async {

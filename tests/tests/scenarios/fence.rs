@@ -8,34 +8,41 @@ use handfast_producer::{
     Fence, Message, Outcome, Producer, StatusServer, TransactError, Tx, migrate,
 };
 use handfast_proto::v1::{NewMessage, ShowMessageRequest};
-use handfast_tests::books::{self, number, rows};
-use handfast_tests::clients::{RawConsumer, message, name_of};
-use handfast_tests::{Config, Party, World, eventually, stays};
-use sqlx::sqlite::{
-    Sqlite, SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
-    SqliteSynchronous,
+use handfast_tests::books;
+use handfast_tests::clients::{message, name_of};
+use handfast_tests::database::{number, rows};
+use handfast_tests::{
+    Config, Database, Engines, Party, Schema, World, eventually, in_either, on_both_engines, stays,
 };
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
+on_both_engines! {
+    a_try_that_is_held_before_its_fence_row_is_cancelled_and_made_again,
+    a_try_that_is_held_after_its_fence_row_is_in_progress_until_it_commits,
+    a_check_that_reaches_another_database_is_unknown_and_never_a_rollback,
+}
+
 const SHOP: &str = "shop";
 const TOPIC: &str = "order.paid";
 const STATUS_PORT: u16 = 8_000;
 const SOON: Duration = Duration::from_secs(20);
+const PAID: Schema =
+    Schema::both("CREATE TABLE paid (message_id bytea NOT NULL, order_id text NOT NULL)");
 
 /// A service, and a producer in this process with a database and a status server.
 struct Scene {
     world: World,
     producer: Producer,
-    pool: SqlitePool,
+    pool: Database,
 }
 
 impl Scene {
     /// The producer's pool has this many connections; checks have their own.
-    async fn new(connections: u32) -> Self {
-        let mut world = World::bare(Config::empty());
+    async fn new(engines: Engines, connections: u32) -> Self {
+        let mut world = World::bare(engines, Config::empty());
         world.config = Config::empty()
             .producer(SHOP, world.address(STATUS_PORT))
             .topic(TOPIC)
@@ -51,10 +58,10 @@ impl Scene {
     }
 
     /// Serves checks for these databases until the value is dropped.
-    fn status_server(&self, pools: &[&SqlitePool]) -> (DropGuard, JoinHandle<()>) {
+    fn status_server(&self, pools: &[&Database]) -> (DropGuard, JoinHandle<()>) {
         let mut server = StatusServer::new();
         for pool in pools {
-            server = server.fence((*pool).clone());
+            server = in_either!(pool, pool => server.fence(pool.clone()));
         }
         let stop = CancellationToken::new();
         let serving = server.serve(self.world.address(STATUS_PORT), stop.clone());
@@ -64,21 +71,23 @@ impl Scene {
 
     /// Pays an order in the background; the closure tells that it began and waits for `go_on`.
     fn pays(&self, order: &'static str, go_on: &Arc<Notify>) -> JoinHandle<Paid> {
-        let (producer, pool, go_on) = (self.producer.clone(), self.pool.clone(), Arc::clone(go_on));
-        tokio::spawn(async move {
-            let message = Message::new(TOPIC).key(order);
-            producer
-                .transact(&pool, message, async |tx: &mut Tx<Sqlite>| {
-                    go_on.notified().await;
-                    let id = tx.message_id();
-                    sqlx::query("INSERT INTO paid (message_id, order_id) VALUES (?, ?)")
-                        .bind(&id.as_bytes()[..])
-                        .bind(order)
-                        .execute(&mut **tx)
-                        .await?;
-                    Ok(id)
-                })
-                .await
+        let (producer, go_on) = (self.producer.clone(), Arc::clone(go_on));
+        let message = Message::new(TOPIC).key(order);
+        in_either!(self.pool.clone(), pool => {
+            tokio::spawn(async move {
+                producer
+                    .transact(&pool, message, async |tx: &mut Tx<_>| {
+                        go_on.notified().await;
+                        let id = tx.message_id();
+                        sqlx::query("INSERT INTO paid (message_id, order_id) VALUES ($1, $2)")
+                            .bind(&id.as_bytes()[..])
+                            .bind(order)
+                            .execute(&mut **tx)
+                            .await?;
+                        Ok(id)
+                    })
+                    .await
+            })
         })
     }
 
@@ -113,12 +122,9 @@ impl Scene {
     /// The reader gets this message and no other, and the fence and the business agree.
     async fn only_this_was_paid(&self, id: Uuid) {
         let id = id.as_bytes().to_vec();
-        let mut reader = RawConsumer::open(self.world.deliveries(), TOPIC, "reader", 10).await;
-        let delivery = reader.next().await;
-        assert_eq!(delivery.message_id, id);
-        reader.consumed(&delivery).await;
-        let books = self.world.books().await;
-        assert_eq!(books.unfinished(), None);
+        let mut reader = self.world.reader(TOPIC, "reader").await;
+        assert_eq!(reader.takes().await.message_id, id);
+        let books = self.world.drained().await;
         assert_eq!(books.deliveries.len(), 1, "one message reaches the reader");
         books.one_decision();
         let paid: Vec<(Vec<u8>,)> = rows(&self.pool, "SELECT message_id FROM paid").await;
@@ -132,19 +138,9 @@ impl Scene {
 type Paid = Result<Outcome<Uuid>, TransactError<sqlx::Error>>;
 
 /// A producer's database, with a fence and a table for its business.
-async fn database(world: &World, name: &str, connections: u32) -> SqlitePool {
-    let options = SqliteConnectOptions::new()
-        .filename(world.file(&format!("{name}.db")))
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full);
-    let pool = SqlitePoolOptions::new().max_connections(connections);
-    let pool = pool.connect_with(options).await.unwrap();
-    migrate(&pool).await.unwrap();
-    sqlx::query("CREATE TABLE paid (message_id BLOB NOT NULL, order_id TEXT NOT NULL)")
-        .execute(&pool)
-        .await
-        .unwrap();
+async fn database(world: &World, name: &str, connections: u32) -> Database {
+    let pool = world.own_database_with(name, PAID, connections).await;
+    in_either!(&pool, pool => migrate(pool).await.unwrap());
     pool
 }
 
@@ -152,22 +148,22 @@ fn is(message: &books::Message, state: &str, by: &str) -> bool {
     message.state == state && message.decided_by.as_deref() == Some(by)
 }
 
-#[tokio::test]
-async fn a_try_that_is_held_before_its_fence_row_is_cancelled_and_made_again() {
-    let scene = Scene::new(1).await;
+async fn a_try_that_is_held_before_its_fence_row_is_cancelled_and_made_again(engines: Engines) {
+    let scene = Scene::new(engines, 1).await;
     let _serving = scene.status_server(&[&scene.pool]);
     // So that only the transaction itself still needs the connection that is about to be held.
-    let identity_is_known = scene
-        .producer
-        .transact(&scene.pool, Message::new("nobody.knows"), async |_| {
-            Ok::<_, sqlx::Error>(())
-        })
-        .await;
+    let unknown = Message::new("nobody.knows");
+    let identity_is_known = in_either!(&scene.pool, pool => {
+        let transacted = scene.producer.transact(pool, unknown, async |_| Ok(()));
+        transacted.await as Result<_, TransactError<sqlx::Error>>
+    });
     assert!(matches!(
         identity_is_known,
         Err(TransactError::Refused { .. })
     ));
-    let held = scene.pool.acquire().await.unwrap();
+    let held: Box<dyn std::any::Any> = in_either!(&scene.pool, pool => {
+        Box::new(pool.acquire().await.unwrap())
+    });
 
     let go_on = Arc::new(Notify::new());
     let paying = scene.pays("o-1", &go_on);
@@ -207,9 +203,8 @@ async fn a_try_that_is_held_before_its_fence_row_is_cancelled_and_made_again() {
     assert_eq!(rolled_back, [(first[0].id.clone(),)]);
 }
 
-#[tokio::test]
-async fn a_try_that_is_held_after_its_fence_row_is_in_progress_until_it_commits() {
-    let scene = Scene::new(2).await;
+async fn a_try_that_is_held_after_its_fence_row_is_in_progress_until_it_commits(engines: Engines) {
+    let scene = Scene::new(engines, 2).await;
     let _serving = scene.status_server(&[&scene.pool]);
     let go_on = Arc::new(Notify::new());
     let paying = scene.pays("o-1", &go_on);
@@ -233,15 +228,14 @@ async fn a_try_that_is_held_after_its_fence_row_is_in_progress_until_it_commits(
     scene.only_this_was_paid(expected).await;
 }
 
-#[tokio::test]
-async fn a_check_that_reaches_another_database_is_unknown_and_never_a_rollback() {
-    let scene = Scene::new(2).await;
+async fn a_check_that_reaches_another_database_is_unknown_and_never_a_rollback(engines: Engines) {
+    let scene = Scene::new(engines, 2).await;
     let copy = database(&scene.world, "copy", 2).await;
     let wrong = scene.status_server(&[&copy]);
     // One that is about to commit, and one whose producer died before it began.
     let go_on = Arc::new(Notify::new());
     let paying = scene.pays("o-1", &go_on);
-    let identity = Fence::open(&scene.pool).await.unwrap().identity();
+    let identity = in_either!(&scene.pool, pool => Fence::open(pool).await.unwrap().identity());
     let orphan = NewMessage {
         fence: identity.as_bytes().to_vec(),
         ..message(TOPIC)

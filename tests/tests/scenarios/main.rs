@@ -15,6 +15,7 @@ mod order_from_balance;
 mod payment_completed;
 mod payout;
 mod same_request;
+mod sent_is_there;
 mod states;
 mod status_endpoints;
 mod two_jobs;

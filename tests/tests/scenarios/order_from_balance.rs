@@ -5,8 +5,14 @@ use std::process::Command;
 use std::time::Duration;
 
 use handfast_fail_points::Point;
-use handfast_tests::books::{number, rows};
-use handfast_tests::{Books, Floor, Party, World, eventually};
+use handfast_tests::database::{look_at, number, rows};
+use handfast_tests::{Books, Engines, Floor, Party, World, eventually, on_both_engines};
+
+on_both_engines! {
+    one_deduction_per_order_though_the_answer_is_lost_and_the_user_tries_again,
+    a_payment_that_crashed_while_paying_is_finished_though_nobody_asks_again,
+    a_time_out_is_not_taken_for_a_failure,
+}
 
 const SOON: Duration = Duration::from_secs(20);
 const CAROL: &str = "carol";
@@ -17,7 +23,7 @@ fn order(world: &World, word: &str) -> Command {
     command
         .arg(word)
         .arg(world.payment_url())
-        .arg(world.database_file("order"));
+        .arg(world.file("order.db"));
     command
 }
 
@@ -32,7 +38,7 @@ async fn tries(world: &World, id: &str, amount: i64) -> String {
 }
 
 async fn settled(world: &World) -> Vec<(String, String)> {
-    let db = world.database("order").await;
+    let db = look_at(&world.file("order.db")).await;
     eventually("no order is PAYING", SOON, async || {
         let paying = "SELECT count(*) FROM shop_order WHERE state = 'PAYING'";
         let paying = number(&db, paying).await;
@@ -54,9 +60,10 @@ fn paid_by_carol(books: &Books) -> i64 {
     paid.map(|payment| payment.amount).sum()
 }
 
-#[tokio::test]
-async fn one_deduction_per_order_though_the_answer_is_lost_and_the_user_tries_again() {
-    let mut world = World::new().await;
+async fn one_deduction_per_order_though_the_answer_is_lost_and_the_user_tries_again(
+    engines: Engines,
+) {
+    let mut world = World::new(engines).await;
     world.open_account(CAROL, 200).await;
     world.start(Party::Service).await;
     let point = Point::PRODUCER_AFTER_COMMIT;
@@ -97,9 +104,10 @@ async fn one_deduction_per_order_though_the_answer_is_lost_and_the_user_tries_ag
     assert!(world.runs("reconcile-1") && world.runs("reconcile-2"));
 }
 
-#[tokio::test]
-async fn a_payment_that_crashed_while_paying_is_finished_though_nobody_asks_again() {
-    let mut world = World::new().await;
+async fn a_payment_that_crashed_while_paying_is_finished_though_nobody_asks_again(
+    engines: Engines,
+) {
+    let mut world = World::new(engines).await;
     world.open_account(CAROL, 200).await;
     world.start(Party::Service).await;
     let point = Point::PRODUCER_BEFORE_COMMIT;
@@ -119,9 +127,8 @@ async fn a_payment_that_crashed_while_paying_is_finished_though_nobody_asks_agai
     assert_eq!(paid_by_carol(&books), 100);
 }
 
-#[tokio::test]
-async fn a_time_out_is_not_taken_for_a_failure() {
-    let mut world = World::new().await;
+async fn a_time_out_is_not_taken_for_a_failure(engines: Engines) {
+    let mut world = World::new(engines).await;
     world.open_account(CAROL, 200).await;
     world.start_all().await;
     world.freeze(Party::Payment);

@@ -4,12 +4,20 @@
 use handfast_fail_points::Point;
 use handfast_proto::v1::ShowMessageRequest;
 use handfast_tests::clients::{Order, orders};
-use handfast_tests::{Floor, Party, World};
+use handfast_tests::{Engines, Floor, Party, World, on_both_engines};
 use payment::client::PaymentStatus;
 
-#[tokio::test]
-async fn every_paid_order_is_booked_and_rewarded_once_and_no_other() {
-    let world = World::running().await;
+on_both_engines! {
+    every_paid_order_is_booked_and_rewarded_once_and_no_other,
+    a_notice_that_is_repeated_and_late_changes_nothing,
+    payment_dies_between_its_commit_and_its_confirm_and_the_check_decides,
+    payment_dies_before_its_commit_and_the_next_try_pays_once,
+    a_confirm_that_is_lost_is_made_good_by_the_check,
+    the_timeline_of_a_payment_tells_its_life_in_order,
+}
+
+async fn every_paid_order_is_booked_and_rewarded_once_and_no_other(engines: Engines) {
+    let world = World::running(engines).await;
     let (paid, refused) = world.payments().pay_all(&orders("a", 40)).await;
     assert_eq!((paid, refused), (32, 8));
 
@@ -22,9 +30,8 @@ async fn every_paid_order_is_booked_and_rewarded_once_and_no_other() {
     assert_eq!(books.decided("CANCELLED", "PRODUCER"), 8, "one per refusal");
 }
 
-#[tokio::test]
-async fn a_notice_that_is_repeated_and_late_changes_nothing() {
-    let world = World::running().await;
+async fn a_notice_that_is_repeated_and_late_changes_nothing(engines: Engines) {
+    let world = World::running(engines).await;
     let payments = world.payments();
     let order = Order::new("a-1");
     assert_eq!(payments.pays(&order).await, PaymentStatus::Paid);
@@ -42,9 +49,8 @@ async fn a_notice_that_is_repeated_and_late_changes_nothing() {
     assert_eq!(books.messages.len(), 1);
 }
 
-#[tokio::test]
-async fn payment_dies_between_its_commit_and_its_confirm_and_the_check_decides() {
-    let mut world = World::new().await;
+async fn payment_dies_between_its_commit_and_its_confirm_and_the_check_decides(engines: Engines) {
+    let mut world = World::new(engines).await;
     world.start(Party::Service).await;
     let point = Point::PRODUCER_AFTER_COMMIT;
     world.start_to_die(Party::Payment, point, 1).await;
@@ -69,9 +75,8 @@ async fn payment_dies_between_its_commit_and_its_confirm_and_the_check_decides()
     });
 }
 
-#[tokio::test]
-async fn payment_dies_before_its_commit_and_the_next_try_pays_once() {
-    let mut world = World::new().await;
+async fn payment_dies_before_its_commit_and_the_next_try_pays_once(engines: Engines) {
+    let mut world = World::new(engines).await;
     world.start(Party::Service).await;
     let point = Point::PRODUCER_BEFORE_COMMIT;
     world.start_to_die(Party::Payment, point, 1).await;
@@ -94,9 +99,8 @@ async fn payment_dies_before_its_commit_and_the_next_try_pays_once() {
     assert_eq!(books.tries, 2);
 }
 
-#[tokio::test]
-async fn a_confirm_that_is_lost_is_made_good_by_the_check() {
-    let mut world = World::new().await;
+async fn a_confirm_that_is_lost_is_made_good_by_the_check(engines: Engines) {
+    let mut world = World::new(engines).await;
     world.start(Party::Service).await;
     let lose = format!("{}=return", Point::PRODUCER_LOSE_CONFIRM);
     world.start_armed(Party::Payment, &lose).await;
@@ -113,9 +117,8 @@ async fn a_confirm_that_is_lost_is_made_good_by_the_check() {
     assert_eq!(books.decided("CONFIRMED", "PRODUCER"), 0);
 }
 
-#[tokio::test]
-async fn the_timeline_of_a_payment_tells_its_life_in_order() {
-    let mut world = World::new().await;
+async fn the_timeline_of_a_payment_tells_its_life_in_order(engines: Engines) {
+    let mut world = World::new(engines).await;
     world.start(Party::Service).await;
     let lose = format!("{}=return", Point::PRODUCER_LOSE_CONFIRM);
     world.start_armed(Party::Payment, &lose).await;

@@ -2,13 +2,17 @@
 
 use futures_util::future::join_all;
 use handfast_tests::clients::Order;
-use handfast_tests::{Floor, Party, World};
+use handfast_tests::{Engines, Floor, Party, World, on_both_engines};
 use payment::client::PaymentStatus;
 use tonic::Code;
 
-#[tokio::test]
-async fn at_the_same_moment_and_later_all_callers_get_the_one_answer() {
-    let mut world = World::running().await;
+on_both_engines! {
+    at_the_same_moment_and_later_all_callers_get_the_one_answer,
+    another_amount_for_the_same_order_is_a_conflict_and_changes_nothing,
+}
+
+async fn at_the_same_moment_and_later_all_callers_get_the_one_answer(engines: Engines) {
+    let mut world = World::running(engines).await;
     let (order, refused) = (Order::new("a-1"), Order::of_a_poor_user("a-2"));
     let merchants: Vec<_> = (0..40).map(|_| world.payments()).collect();
     let answers = join_all(merchants.iter().map(|merchant| merchant.asks(&order))).await;
@@ -38,9 +42,8 @@ async fn at_the_same_moment_and_later_all_callers_get_the_one_answer() {
     assert_eq!(books.tries, 2, "one try each");
 }
 
-#[tokio::test]
-async fn another_amount_for_the_same_order_is_a_conflict_and_changes_nothing() {
-    let world = World::running().await;
+async fn another_amount_for_the_same_order_is_a_conflict_and_changes_nothing(engines: Engines) {
+    let world = World::running(engines).await;
     let order = Order::new("a-1");
     assert_eq!(world.payments().pays(&order).await, PaymentStatus::Paid);
     let other = world.payments().asks(&order.clone().for_amount(999)).await;

@@ -8,15 +8,27 @@ use std::time::Duration;
 use handfast_consumer::{Answer, BatchHandler, Delivered, Guard, Transition, Tx};
 use handfast_producer::{Message, Outcome, Producer, StatusServer, TransactError};
 use handfast_proto::v1::NewMessage;
-use handfast_tests::books::{number, rows};
 use handfast_tests::clients::{Order, message, orders};
-use handfast_tests::{Books, Config, Consuming, Floor, Party, World, eventually};
+use handfast_tests::database::{number, rows};
+use handfast_tests::{
+    Books, Config, Consuming, Database, Engines, Floor, Own, Party, Schema, World, eventually,
+    in_either, on_both_engines,
+};
 use payment::client::PaymentStatus;
-use sqlx::SqlitePool;
 use tokio::sync::{Barrier, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Code;
+
+on_both_engines! {
+    of_two_workers_that_submit_the_same_trade_one_does_and_the_other_learns_of_it,
+    a_worker_that_comes_while_the_other_is_at_it_neither_submits_nor_takes_it_for_refused,
+    a_refund_that_overtakes_its_payment_is_applied_after_it,
+    notices_that_overtake_the_trade_itself_wait_for_it,
+    a_notice_that_comes_too_late_is_kept_for_a_person_and_changes_nothing,
+    who_pays_is_told_so_while_accounting_and_points_are_down,
+    a_payment_that_cannot_be_decided_yet_is_processing_and_can_be_watched,
+}
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const STATUS_PORT: u16 = 8411;
@@ -25,20 +37,21 @@ const NOTICE: &str = "trade.notice";
 
 // === Two workers submit the same trade ===
 
-const TRADES: &str = "CREATE TABLE IF NOT EXISTS trade (name TEXT NOT NULL, worker TEXT NOT NULL)";
-const RECEIVED: &str = "CREATE TABLE received (name TEXT NOT NULL)";
+const TRADES: Schema =
+    Schema::both("CREATE TABLE IF NOT EXISTS trade (name text NOT NULL, worker text NOT NULL)");
+const RECEIVED: Schema =
+    Schema::both("CREATE TABLE received (message_id bytea NOT NULL, name text NOT NULL)");
+const RECEIVE: &str = "INSERT INTO received (message_id, name) VALUES ($1, $2)";
 
 /// B: writes down what A submits.
 struct Receiver;
 
-impl BatchHandler for Receiver {
-    async fn handle_batch(&self, tx: &mut Tx, messages: &[Delivered]) -> Vec<Answer> {
+impl<D: Own> BatchHandler<D> for Receiver {
+    async fn handle_batch(&self, tx: &mut Tx<D>, messages: &[Delivered]) -> Vec<Answer> {
         let mut answers = Vec::new();
         for message in messages {
-            let received = sqlx::query("INSERT INTO received (name) VALUES (?)")
-                .bind(message.key.clone())
-                .execute(&mut *tx)
-                .await;
+            let name = message.key.as_deref().expect("a key");
+            let received = D::write(tx, RECEIVE, message.message_id, name).await;
             answers.push(received.map_or_else(Answer::failed, |_| Answer::Consumed));
         }
         answers
@@ -48,7 +61,7 @@ impl BatchHandler for Receiver {
 struct TwoCompanies {
     world: World,
     /// B's database.
-    received: SqlitePool,
+    received: Database,
     _b: Consuming,
     _status: AbortOnDropHandle<()>,
 }
@@ -57,20 +70,22 @@ struct TwoCompanies {
 struct Worker {
     name: &'static str,
     producer: Producer,
-    pool: SqlitePool,
+    pool: Database,
 }
 
 impl TwoCompanies {
-    async fn start() -> Self {
-        let mut world = World::bare(Config::empty());
+    async fn start(engines: Engines) -> Self {
+        let mut world = World::bare(engines, Config::empty());
         world.config = Config::empty()
             .producer("a", world.address(STATUS_PORT))
             .topic(SUBMITTED)
             .subscription("b", SUBMITTED);
         world.start(Party::Service).await;
         let pool = world.own_database("a", TRADES).await;
-        handfast_producer::migrate(&pool).await.expect("a fence");
-        let server = StatusServer::new().fence(pool);
+        let server = in_either!(pool, pool => {
+            handfast_producer::migrate(&pool).await.expect("a fence");
+            StatusServer::new().fence(pool)
+        });
         let serving = server.serve(world.address(STATUS_PORT), CancellationToken::new());
         let status = tokio::spawn(async move { serving.await.expect("A answers checks") });
         let received = world.own_database("b", RECEIVED).await;
@@ -114,7 +129,10 @@ impl TwoCompanies {
         for (what, sql) in [
             ("received", "SELECT count(*) FROM received"),
             ("different", "SELECT count(DISTINCT name) FROM received"),
-            ("seen", "SELECT sum(seen) FROM handfast_inbox"),
+            (
+                "seen",
+                "SELECT CAST(sum(seen) AS bigint) FROM handfast_inbox",
+            ),
         ] {
             assert_eq!(number(&self.received, sql).await, trades, "{what} by B");
         }
@@ -134,24 +152,27 @@ impl Worker {
         meanwhile: impl Future<Output = ()>,
     ) -> Result<Outcome<()>, TransactError<sqlx::Error>> {
         let message = Message::new(SUBMITTED).key(trade);
-        self.producer
-            .transact(&self.pool, message, async |tx| {
-                sqlx::query("INSERT INTO trade (name, worker) VALUES (?, ?)")
-                    .bind(trade)
-                    .bind(self.name)
-                    .execute(&mut **tx)
-                    .await?;
-                meanwhile.await;
-                Ok(())
-            })
-            .await
+        in_either!(&self.pool, pool => {
+            self.producer
+                .transact(pool, message, async |tx| {
+                    sqlx::query("INSERT INTO trade (name, worker) VALUES ($1, $2)")
+                        .bind(trade)
+                        .bind(self.name)
+                        .execute(&mut **tx)
+                        .await?;
+                    meanwhile.await;
+                    Ok(())
+                })
+                .await
+        })
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_workers_that_submit_the_same_trade_one_does_and_the_other_learns_of_it() {
+async fn of_two_workers_that_submit_the_same_trade_one_does_and_the_other_learns_of_it(
+    engines: Engines,
+) {
     const TRADES: usize = 25;
-    let companies = TwoCompanies::start().await;
+    let companies = TwoCompanies::start(engines).await;
     let line = Arc::new(Barrier::new(2));
     let mut racing = Vec::new();
     for name in ["anna", "bert"] {
@@ -186,9 +207,10 @@ async fn of_two_workers_that_submit_the_same_trade_one_does_and_the_other_learns
     companies.received_once(TRADES).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_comes_while_the_other_is_at_it_neither_submits_nor_takes_it_for_refused() {
-    let companies = TwoCompanies::start().await;
+async fn a_worker_that_comes_while_the_other_is_at_it_neither_submits_nor_takes_it_for_refused(
+    engines: Engines,
+) {
+    let companies = TwoCompanies::start(engines).await;
     let anna = companies.worker("anna").await;
     let mut bert = companies.worker("bert").await;
     let (at_it, is_at_it) = oneshot::channel();
@@ -229,13 +251,28 @@ async fn a_worker_that_comes_while_the_other_is_at_it_neither_submits_nor_takes_
 // === The reverse comes first ===
 
 /// A's trades. Whatever changes a state, the database itself writes the change down.
-const STATES: &str = "
-    CREATE TABLE trade (name TEXT NOT NULL PRIMARY KEY, state TEXT NOT NULL);
-    CREATE TABLE history (
-        step INTEGER PRIMARY KEY, name TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL);
-    CREATE TRIGGER written_down AFTER UPDATE OF state ON trade BEGIN
-        INSERT INTO history (name, before, after) VALUES (new.name, old.state, new.state);
-    END;";
+const STATES: Schema = Schema {
+    sqlite: "
+        CREATE TABLE trade (name TEXT NOT NULL PRIMARY KEY, state TEXT NOT NULL);
+        CREATE TABLE history (
+            step INTEGER PRIMARY KEY, name TEXT NOT NULL, before TEXT NOT NULL,
+            after TEXT NOT NULL);
+        CREATE TRIGGER written_down AFTER UPDATE OF state ON trade BEGIN
+            INSERT INTO history (name, before, after) VALUES (new.name, old.state, new.state);
+        END;",
+    postgres: "
+        CREATE TABLE trade (name text NOT NULL PRIMARY KEY, state text NOT NULL);
+        CREATE TABLE history (
+            step bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, name text NOT NULL,
+            before text NOT NULL, after text NOT NULL);
+        CREATE FUNCTION write_down() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO history (name, before, after) VALUES (new.name, old.state, new.state);
+            RETURN NULL;
+        END $$;
+        CREATE TRIGGER written_down AFTER UPDATE OF state ON trade
+            FOR EACH ROW EXECUTE FUNCTION write_down();",
+};
 
 /// A: applies B's notices, which say `<trade>/<paid|refunded>`.
 struct Notices {
@@ -244,7 +281,7 @@ struct Notices {
 }
 
 impl Notices {
-    async fn apply(&self, tx: &mut Tx, notice: &Delivered) -> Answer {
+    async fn apply<D: Own>(&self, tx: &mut Tx<D>, notice: &Delivered) -> Answer {
         let said = String::from_utf8(notice.payload.to_vec()).expect("text");
         let (trade, to) = said.split_once('/').expect("trade and state");
         let from = if to == "paid" { "processing" } else { "paid" };
@@ -261,11 +298,11 @@ impl Notices {
     }
 }
 
-impl BatchHandler for Notices {
-    async fn handle_batch(&self, tx: &mut Tx, messages: &[Delivered]) -> Vec<Answer> {
+impl<D: Own> BatchHandler<D> for Notices {
+    async fn handle_batch(&self, tx: &mut Tx<D>, messages: &[Delivered]) -> Vec<Answer> {
         let mut answers = Vec::new();
         for message in messages {
-            answers.push(self.apply(tx, message).await);
+            answers.push(self.apply::<D>(tx, message).await);
         }
         answers
     }
@@ -273,18 +310,18 @@ impl BatchHandler for Notices {
 
 struct Settlement {
     world: World,
-    pool: SqlitePool,
+    pool: Database,
     early: Arc<Mutex<BTreeMap<String, usize>>>,
     _a: Consuming,
 }
 
 impl Settlement {
-    async fn start() -> Self {
+    async fn start(engines: Engines) -> Self {
         let config = Config::empty()
             .publisher("b")
             .topic(NOTICE)
             .subscription_with("a", NOTICE, "schedule_ms = [300]");
-        let mut world = World::bare(config);
+        let mut world = World::bare(engines, config);
         world.start(Party::Service).await;
         let pool = world.own_database("a", STATES).await;
         let order = ["processing", "paid", "refunded"];
@@ -304,11 +341,8 @@ impl Settlement {
     }
 
     async fn submits(&self, trade: &str) {
-        sqlx::query("INSERT INTO trade (name, state) VALUES (?, 'processing')")
-            .bind(trade)
-            .execute(&self.pool)
-            .await
-            .expect("a new trade");
+        let sql = format!("INSERT INTO trade (name, state) VALUES ('{trade}', 'processing')");
+        self.pool.run(&sql).await;
     }
 
     /// B tells A, in its own time.
@@ -371,9 +405,8 @@ fn step_by_step() -> Vec<(String, String)> {
         .to_vec()
 }
 
-#[tokio::test]
-async fn a_refund_that_overtakes_its_payment_is_applied_after_it() {
-    let settlement = Settlement::start().await;
+async fn a_refund_that_overtakes_its_payment_is_applied_after_it(engines: Engines) {
+    let settlement = Settlement::start(engines).await;
     let trades: Vec<_> = (0..6).map(|n| format!("t{n}")).collect();
     let mut refunds = Vec::new();
     for trade in &trades {
@@ -413,9 +446,8 @@ async fn a_refund_that_overtakes_its_payment_is_applied_after_it() {
     assert_eq!(inbox, 12);
 }
 
-#[tokio::test]
-async fn notices_that_overtake_the_trade_itself_wait_for_it() {
-    let settlement = Settlement::start().await;
+async fn notices_that_overtake_the_trade_itself_wait_for_it(engines: Engines) {
+    let settlement = Settlement::start(engines).await;
     settlement.notifies("t1", "refunded").await;
     settlement.notifies("t1", "paid").await;
     settlement.until_early("t1", "refunded", 1).await;
@@ -427,9 +459,8 @@ async fn notices_that_overtake_the_trade_itself_wait_for_it() {
     assert!(books.deliveries.iter().all(|d| d.state == "CONSUMED"));
 }
 
-#[tokio::test]
-async fn a_notice_that_comes_too_late_is_kept_for_a_person_and_changes_nothing() {
-    let settlement = Settlement::start().await;
+async fn a_notice_that_comes_too_late_is_kept_for_a_person_and_changes_nothing(engines: Engines) {
+    let settlement = Settlement::start(engines).await;
     settlement.submits("t1").await;
     settlement.notifies("t1", "paid").await;
     settlement.settled().await;
@@ -461,9 +492,8 @@ async fn a_notice_that_comes_too_late_is_kept_for_a_person_and_changes_nothing()
 
 // === The user does not wait ===
 
-#[tokio::test]
-async fn who_pays_is_told_so_while_accounting_and_points_are_down() {
-    let mut world = World::new().await;
+async fn who_pays_is_told_so_while_accounting_and_points_are_down(engines: Engines) {
+    let mut world = World::new(engines).await;
     world.start(Party::Service).await;
     world.start(Party::Payment).await;
     let payments = world.payments();
@@ -492,10 +522,15 @@ async fn who_pays_is_told_so_while_accounting_and_points_are_down() {
     let books = world.books().await;
     assert_eq!((books.done.len(), books.deliveries.len()), (8, 16));
     for delivery in &books.deliveries {
-        let seen = (delivery.state.as_str(), delivery.generation);
-        assert_eq!(seen, ("PENDING", 0), "it waits for its consumer");
+        let waits = match engines {
+            Engines::Embedded => delivery.state == "PENDING" && delivery.generation == 0,
+            // In RabbitMQ, or on its way there.
+            Engines::Production => ["PENDING", "SENT"].contains(&delivery.state.as_str()),
+        };
+        assert!(waits, "it waits for its consumer: {delivery:?}");
+        assert_eq!(delivery.attempts, 0);
     }
-    assert!(!world.file("accounting.db").exists(), "it was never up");
+    assert!(!world.has_inbox("accounting").await, "it was never up");
 
     world.start_all().await;
     world.drained().await.hold(Floor {
@@ -505,9 +540,8 @@ async fn who_pays_is_told_so_while_accounting_and_points_are_down() {
     });
 }
 
-#[tokio::test]
-async fn a_payment_that_cannot_be_decided_yet_is_processing_and_can_be_watched() {
-    let mut world = World::new().await;
+async fn a_payment_that_cannot_be_decided_yet_is_processing_and_can_be_watched(engines: Engines) {
+    let mut world = World::new(engines).await;
     world.pay_deadline_ms = 500;
     // Without the message service nothing can be promised to accounting, so nothing is paid.
     world.start(Party::Payment).await;

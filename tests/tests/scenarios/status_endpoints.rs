@@ -7,11 +7,20 @@ use std::time::Duration;
 use handfast_proto::v1::{
     CheckResponse, CountsRequest, NewMessage, PrepareRequest, Verdict, VerdictKind,
 };
-use handfast_tests::books::{Message, number};
+use handfast_tests::books::Message;
 use handfast_tests::clients::{message, name_of};
+use handfast_tests::database::number;
 use handfast_tests::status::{Behaviour, StatusStub};
-use handfast_tests::{Config, Party, World, eventually};
+use handfast_tests::{Config, Engines, Party, World, eventually, on_both_engines};
 use uuid::Uuid;
+
+on_both_engines! {
+    a_producer_that_is_away_keeps_its_messages_until_it_is_back,
+    a_producer_that_hangs_holds_up_nobody_else,
+    a_producer_that_cannot_tell_is_asked_again_and_again,
+    a_reply_without_a_usable_verdict_does_not_count,
+    in_one_reply_what_is_right_is_decided_and_what_is_wrong_is_left,
+}
 
 /// A producer whose endpoint answers as it should.
 const SOUND: &str = "sound";
@@ -26,12 +35,16 @@ struct Scene {
 }
 
 impl Scene {
-    async fn of(producers: &[&str]) -> Self {
-        Self::with(producers, |config| config).await
+    async fn of(engines: Engines, producers: &[&str]) -> Self {
+        Self::with(engines, producers, |config| config).await
     }
 
-    async fn with(producers: &[&str], change: impl FnOnce(Config) -> Config) -> Self {
-        let mut world = World::bare(Config::empty());
+    async fn with(
+        engines: Engines,
+        producers: &[&str],
+        change: impl FnOnce(Config) -> Config,
+    ) -> Self {
+        let mut world = World::bare(engines, Config::empty());
         let mut config = Config::empty()
             .topic(TOPIC)
             .subscription("reader", TOPIC)
@@ -112,9 +125,8 @@ impl Scene {
     }
 }
 
-#[tokio::test]
-async fn a_producer_that_is_away_keeps_its_messages_until_it_is_back() {
-    let scene = Scene::of(&["away"]).await;
+async fn a_producer_that_is_away_keeps_its_messages_until_it_is_back(engines: Engines) {
+    let scene = Scene::of(engines, &["away"]).await;
     let id = scene.prepared("away").await;
     scene.until_unreachable("away", true).await;
     scene.others_are_decided().await;
@@ -130,11 +142,10 @@ async fn a_producer_that_is_away_keeps_its_messages_until_it_is_back() {
     assert_eq!(stub.calls(), 1, "the first answer is the verdict");
 }
 
-#[tokio::test]
-async fn a_producer_that_hangs_holds_up_nobody_else() {
+async fn a_producer_that_hangs_holds_up_nobody_else(engines: Engines) {
     // Long enough for the other producer to be checked during one hanging call.
     let slow = |config: Config| config.server("check_call_ms", 6_000);
-    let scene = Scene::with(&["hangs"], slow).await;
+    let scene = Scene::with(engines, &["hangs"], slow).await;
     let stub = scene.stub(Behaviour::Hangs).await;
     let id = scene.prepared("hangs").await;
     eventually("it is asked", SOON, async || {
@@ -152,9 +163,8 @@ async fn a_producer_that_hangs_holds_up_nobody_else() {
     scene.until_unreachable("hangs", false).await;
 }
 
-#[tokio::test]
-async fn a_producer_that_cannot_tell_is_asked_again_and_again() {
-    let scene = Scene::of(&["unsure"]).await;
+async fn a_producer_that_cannot_tell_is_asked_again_and_again(engines: Engines) {
+    let scene = Scene::of(engines, &["unsure"]).await;
     let stub = scene.stub(Behaviour::Says(VerdictKind::Unknown)).await;
     let id = scene.prepared("unsure").await;
     eventually("three checks count", SOON, async || {
@@ -173,8 +183,7 @@ async fn a_producer_that_cannot_tell_is_asked_again_and_again() {
     scene.until_confirmed_by_check(&id).await;
 }
 
-#[tokio::test]
-async fn a_reply_without_a_usable_verdict_does_not_count() {
+async fn a_reply_without_a_usable_verdict_does_not_count(engines: Engines) {
     let behaviours = [
         ("fails", Behaviour::Fails),
         ("omits", Behaviour::Omits),
@@ -185,7 +194,7 @@ async fn a_reply_without_a_usable_verdict_does_not_count() {
         ("leaves-unset", Behaviour::Says(VerdictKind::Unspecified)),
     ];
     let names = behaviours.each_ref().map(|(name, _)| *name);
-    let scene = Scene::of(&names).await;
+    let scene = Scene::of(engines, &names).await;
     let mut odd = Vec::new();
     for ((name, behaviour), port) in behaviours.into_iter().zip(SOUND_PORT + 1..) {
         let stub = StatusStub::start(scene.world.address(port), behaviour).await;
@@ -213,9 +222,8 @@ async fn a_reply_without_a_usable_verdict_does_not_count() {
     assert_eq!(stored, odd.len() + 1, "ids of others became no messages");
 }
 
-#[tokio::test]
-async fn in_one_reply_what_is_right_is_decided_and_what_is_wrong_is_left() {
-    let mut scene = Scene::of(&["mixed"]).await;
+async fn in_one_reply_what_is_right_is_decided_and_what_is_wrong_is_left(engines: Engines) {
+    let mut scene = Scene::of(engines, &["mixed"]).await;
     let id = || Uuid::now_v7().as_bytes().to_vec();
     let (committed, rolled_back) = (id(), id());
     let (missing, repeated, babbled) = (id(), id(), id());
@@ -253,9 +261,11 @@ async fn in_one_reply_what_is_right_is_decided_and_what_is_wrong_is_left() {
     scene.world.freeze(Party::Service);
     let db = scene.world.database("service").await;
     eventually("all five are due", SOON, async || {
-        let due = "SELECT count(*) FROM message WHERE state = 'PREPARED'
-                      AND check_at < CAST(unixepoch('subsec') * 1000000 AS INTEGER)";
-        let due = number(&db, due).await;
+        let due = format!(
+            "SELECT count(*) FROM message WHERE state = 'PREPARED' AND check_at < {}",
+            db.ago(0)
+        );
+        let due = number(&db, &due).await;
         (due == 5).then_some(()).ok_or_else(|| format!("{due} are"))
     })
     .await;

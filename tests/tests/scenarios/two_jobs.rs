@@ -1,13 +1,17 @@
 //! A job that works off what is due is started twice.
 
-use handfast_tests::books::number;
 use handfast_tests::clients::Order;
-use handfast_tests::{Floor, Party, World};
+use handfast_tests::database::number;
+use handfast_tests::{Engines, Floor, Party, World, on_both_engines};
 use payment::client::PaymentStatus;
 
-#[tokio::test]
-async fn two_payment_jobs_try_each_unfinished_payment_once() {
-    let mut world = World::new().await;
+on_both_engines! {
+    two_payment_jobs_try_each_unfinished_payment_once,
+    a_payment_that_two_processes_are_asked_for_is_made_once,
+}
+
+async fn two_payment_jobs_try_each_unfinished_payment_once(engines: Engines) {
+    let mut world = World::new(engines).await;
     world.pay_deadline_ms = 200;
     // Without the service nothing can be decided, so a killed payment leaves ten unfinished.
     world.start(Party::Payment).await;
@@ -44,9 +48,8 @@ async fn two_payment_jobs_try_each_unfinished_payment_once() {
     assert!(world.runs("second"));
 }
 
-#[tokio::test]
-async fn a_payment_that_two_processes_are_asked_for_is_made_once() {
-    let mut world = World::running().await;
+async fn a_payment_that_two_processes_are_asked_for_is_made_once(engines: Engines) {
+    let mut world = World::running(engines).await;
     let second = world.second(Party::Payment);
     world.spawn("second", second);
     let other = handfast_tests::clients::Payments::at(world.channel(&world.second_payment_url()));

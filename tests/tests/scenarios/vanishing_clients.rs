@@ -1,5 +1,8 @@
 //! Clients hang up at any moment: every message is wholly there or not at all, every delivery
 //! is given to somebody else, and the service goes on.
+//!
+//! Streams, and the calls that answer what came on them, are the embedded broker's. On
+//! PostgreSQL a call that is dropped must not leave its connection inside of a transaction.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -10,10 +13,10 @@ use handfast_proto::v1::{
     AnswerKind, AnswerOutcome, CountsRequest, MessageState, NewMessage, PrepareRequest,
     PublishRequest, ShowMessageRequest, VerdictKind,
 };
-use handfast_tests::books::{number, rows};
 use handfast_tests::clients::{RawConsumer, message, name_of};
+use handfast_tests::database::{number, rows};
 use handfast_tests::status::{Behaviour, StatusStub};
-use handfast_tests::{Config, Party, World, eventually};
+use handfast_tests::{Config, Engines, Party, World, eventually, stays};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::sync::oneshot;
@@ -34,8 +37,8 @@ const SOON: Duration = Duration::from_secs(20);
 const DRAIN: Duration = Duration::from_secs(60);
 
 /// A service with two subscriptions, and a producer that is always still at it.
-async fn scene() -> (World, StatusStub) {
-    let mut world = World::bare(Config::empty());
+async fn scene(engines: Engines) -> (World, StatusStub) {
+    let mut world = World::bare(engines, Config::empty());
     let status = world.address(STATUS_PORT);
     let lines = "attempts = \"unlimited\"\nschedule_ms = [200]";
     world.config = Config::empty()
@@ -138,7 +141,7 @@ async fn a_message_passes(world: &World) {
 
 #[tokio::test]
 async fn calls_that_are_dropped_at_any_moment_leave_nothing_half_done() {
-    let (world, _stub) = scene().await;
+    let (world, _stub) = scene(Engines::Embedded).await;
     let shop = world.raw(SHOP);
     let (to_prepare, to_publish) = (facts(CALLS), facts(CALLS));
     let (to_confirm, to_acknowledge) = (facts(CALLS), facts(CALLS));
@@ -283,7 +286,7 @@ async fn every_message_has_one_body(world: &World) {
 
 #[tokio::test]
 async fn streams_that_are_dropped_at_any_moment_lose_nothing() {
-    let (world, _stub) = scene().await;
+    let (world, _stub) = scene(Engines::Embedded).await;
     let facts = facts(4 * STREAMS);
     publish_all(&world, &facts).await;
     eprintln!("seed {SEED}");
@@ -360,4 +363,79 @@ async fn streams_that_are_dropped_at_any_moment_lose_nothing() {
     assert_eq!(books.unfinished(), None);
     assert_eq!(books.deliveries.len(), READERS.len() * (facts.len() + 1));
     books.one_decision();
+}
+
+#[tokio::test]
+async fn calls_that_are_dropped_leave_no_session_of_postgresql_inside_of_a_transaction() {
+    let (world, _stub) = scene(Engines::Production).await;
+    let shop = world.raw(SHOP);
+    let (to_prepare, to_publish) = (facts(CALLS), facts(CALLS));
+    let (to_confirm, to_cancel) = (facts(CALLS), facts(CALLS));
+    for messages in [&to_confirm, &to_cancel] {
+        let prepare = PrepareRequest {
+            producer: SHOP.to_owned(),
+            messages: messages.clone(),
+        };
+        world.messages().prepare(prepare).await.expect("an answer");
+    }
+    let call = async |n: usize| {
+        let nth = n / 4;
+        let answered = match n % 4 {
+            0 => shop.prepare(&to_prepare[nth]).await,
+            1 => shop.try_publish(&to_publish[nth]).await.expect("an answer"),
+            2 => shop.confirm(&to_confirm[nth].id).await,
+            _ => shop.cancel(&to_cancel[nth].id).await,
+        };
+        answered.expect("it is accepted");
+    };
+    eprintln!("seed {SEED}");
+    let mut chance = StdRng::seed_from_u64(SEED);
+    let call = &call;
+    let answered: Vec<_> = stream::iter(0..4 * CALLS)
+        .map(|n| {
+            let patience = patience(&mut chance);
+            async move {
+                match patience.is_zero() {
+                    true => call(n).now_or_never().is_some(),
+                    false => timeout(patience, call(n)).await.is_ok(),
+                }
+            }
+        })
+        .buffer_unordered(CONCURRENT)
+        .collect()
+        .await;
+    let dropped = answered.iter().filter(|answered| !**answered).count();
+    let kept = answered.len() - dropped;
+    assert!(
+        dropped >= 50 && kept >= 50,
+        "{dropped} dropped, {kept} answered"
+    );
+
+    let db = world.database("service").await;
+    let stuck = format!(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+            AND state LIKE 'idle in transaction%' AND state_change < {}",
+        db.ago(500)
+    );
+    let time = Duration::from_secs(2);
+    stays("no session is inside of a transaction", time, async || {
+        let stuck = number(&db, &stuck).await;
+        (stuck == 0)
+            .then_some(())
+            .ok_or_else(|| format!("{stuck} are"))
+    })
+    .await;
+    every_message_has_one_body(&world).await;
+
+    // What was dropped is called again and waited for.
+    stream::iter(0..4 * CALLS)
+        .for_each_concurrent(CONCURRENT, call)
+        .await;
+    every_message_has_one_body(&world).await;
+    let books = world.books().await;
+    books.one_decision();
+    assert_eq!(books.messages.len(), 4 * CALLS);
+    let confirmed = books.messages.iter().filter(|m| m.state == "CONFIRMED");
+    assert_eq!(confirmed.count(), 2 * CALLS);
+    assert_eq!(books.deliveries.len(), READERS.len() * 2 * CALLS);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use handfast_proto::v1::{DeliveryRow, MessageStatus, ShowMessageRequest, ShowMessageResponse};
 use handfast_tests::process::Process;
-use handfast_tests::{Config, Party, World, eventually};
+use handfast_tests::{Config, Engines, Party, World, eventually};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 
@@ -62,7 +62,7 @@ impl Scene {
         let books = Database::with(&(inbox + BOOKS)).await;
         let store = Database::with("").await;
         let deployment = Deployment::new(&[ACCOUNTING, "guarded"]);
-        let mut world = World::bare(Config::empty());
+        let mut world = World::bare(Engines::Embedded, Config::empty());
         world.config = Config::empty()
             .producer("payment", world.address(STATUS_PORT))
             .topic(TOPIC)
