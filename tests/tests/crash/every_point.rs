@@ -75,7 +75,7 @@ async fn dies_at(engines: Engines, point: Point) {
     // through to the panic.
     match point {
         Point::TOPOLOGY_BEFORE_COMMIT | Point::TOPOLOGY_AFTER_COMMIT => {
-            topology(engines, point).await
+            topology(engines, point).await;
         }
         Point::PUBLISH_BEFORE_COMMIT | Point::PUBLISH_AFTER_COMMIT => publish(engines, point).await,
         Point::PREPARE_BEFORE_COMMIT
