@@ -28,6 +28,9 @@ fn is_kept(answer: Result<MessageState, Refused>) -> Result<(), String> {
     answer.map(drop).map_err(|refused| refused.message)
 }
 
+/// How the server goes down.
+type Way = fn(&mut Postgres) -> Result<(), Error>;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_are_unavailable_while_postgresql_is_down_and_nothing_is_half_done() {
     let servers = Servers::own_postgres();
@@ -36,7 +39,7 @@ async fn calls_are_unavailable_while_postgresql_is_down_and_nothing_is_half_done
     let (payments, probe) = (world.payments(), world.raw("payment"));
     let orders = orders("a", ORDERS);
     let restarts = async {
-        let ways: [fn(&mut Postgres) -> Result<(), Error>; 2] = [Postgres::stop, Postgres::kill];
+        let ways: [Way; 2] = [Postgres::stop, Postgres::kill];
         for way in ways {
             let before = world.books().await.done.len();
             eventually("more was paid", SOON, async || {
