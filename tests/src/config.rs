@@ -63,6 +63,16 @@ impl Config {
         self
     }
 
+    /// Asks the producers so far this much later.
+    #[must_use]
+    pub fn check_after(mut self, ms: u64) -> Self {
+        let usual = format!("check_after_ms = {CHECK_AFTER_MS}\n");
+        for producer in &mut self.producers {
+            *producer = producer.replace(&usual, &format!("check_after_ms = {ms}\n"));
+        }
+        self
+    }
+
     /// Adds a producer that only publishes.
     #[must_use]
     pub fn publisher(mut self, name: &str) -> Self {

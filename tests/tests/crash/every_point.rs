@@ -165,7 +165,9 @@ async fn lost_confirms(engines: Engines) {
 /// The service dies at a check, of messages whose checks were due when it started.
 async fn checking_service(engines: Engines, point: Point) {
     let mut world = World::new(engines).await;
-    world.config = world.config.clone().server("max_undecided", 1_000);
+    // So late that a busy machine has paid and killed the service before anything is checked.
+    let later = world.config.clone().check_after(4_000);
+    world.config = later.server("max_undecided", 1_000);
     world.start(Party::Service).await;
     let lose = format!("{}=return", Point::PRODUCER_LOSE_CONFIRM);
     world.start_armed(Party::Payment, &lose).await;
