@@ -72,7 +72,7 @@ async fn a_server_that_is_not_there_is_named_without_its_password() {
     let (code, line) = refused(empty.path(), &["migrate", "--store", url]).await;
     assert_eq!(code, 1);
     assert!(
-        line.contains("cannot migrate postgres://127.0.0.1:1/shop"),
+        line.contains("cannot open the store postgres://127.0.0.1:1/shop"),
         "{line}"
     );
     assert!(!line.contains("secret"), "{line}");

@@ -35,6 +35,9 @@ const SLICE: usize = 500;
 const RETRY: Duration = Duration::from_millis(200);
 /// One line per kind of incident in this time.
 const LOG_EVERY: Duration = Duration::from_secs(60);
+/// How long the beginning may take: after a crash RabbitMQ takes some seconds before a queue has
+/// consumers again, and beginning anew would only take as long.
+const BEGIN: Duration = Duration::from_secs(30);
 /// The tag of our consumer, for people.
 const TAG: &str = "handfast-answers";
 
@@ -162,9 +165,9 @@ async fn consume(channel: &Channel, queue: &str) -> Result<Consumer, Error> {
             )
             .await
     };
-    match timeout(STEP, begin).await {
+    match timeout(BEGIN, begin).await {
         Ok(consumer) => Ok(consumer?),
-        Err(_) => Err(Error::timed_out("consume answers", STEP)),
+        Err(_) => Err(Error::timed_out("consume answers", BEGIN)),
     }
 }
 

@@ -204,24 +204,18 @@ impl Flight {
             carrier,
             ..
         } = self;
-        let mut fates = batch.fates(&why);
+        let fates = batch.fates(&why);
         let timed_out = !why.is_empty();
         // Before anything is closed: a connection that is there is not the trouble.
         let mut alive = carrier.opened.is_connected();
-        if timed_out {
-            blame_the_first(&tickets, &mut fates);
-        }
         // RabbitMQ remembers for a channel that a queue was full, also when its limit is lifted.
         let rejected = fates.iter().any(|fate| matches!(fate, Fate::Nacked));
         if timed_out || rejected {
-            // Closed, so that what it still holds cannot be sent after it was given back.
-            // A queue that stands still stops the others of its connection, so the connection goes
-            // if the channel does not.
+            // Closed, so that what it still holds is not sent after it was given back. At a queue
+            // that stands still the channel cannot even close; it is left behind then, since the
+            // connection is needed by everybody else. What it holds is for that queue alone.
             let close = carrier.channel.close(200, "of no more use".into());
-            let closed = timeout(PATIENCE, close).await;
-            if closed.is_err() {
-                carrier.opened.give_up();
-            }
+            let _ = timeout(PATIENCE, close).await;
         } else {
             alive = carrier.opened.is_connected();
         }
@@ -229,7 +223,7 @@ impl Flight {
             .landed(&tag, tickets_and(tickets, fates), alive)
             .await;
         Landed {
-            carrier: carrier.is_usable().then_some(carrier),
+            carrier: (!timed_out && carrier.is_usable()).then_some(carrier),
             trouble,
         }
     }
@@ -263,20 +257,6 @@ impl Flight {
         for (subscription, sent) in old {
             // If the store is away, the lease ends, and what is sent twice is absorbed.
             let _ = self.rabbit.store.renew(&subscription, sent, lease).await;
-        }
-    }
-}
-
-/// A channel works off what it is given in order, and may stand still at a queue that does not
-/// answer: those behind it are not to blame for their silence.
-fn blame_the_first(tickets: &[Ticket], fates: &mut [Fate]) {
-    let mut first = None;
-    for (ticket, fate) in tickets.iter().zip(fates) {
-        if matches!(fate, Fate::Unknown(_)) {
-            let first = *first.get_or_insert(&ticket.subscription);
-            if *first != ticket.subscription {
-                *fate = Fate::Untried;
-            }
         }
     }
 }

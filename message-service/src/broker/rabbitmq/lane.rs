@@ -1,11 +1,14 @@
 //! The lanes of the healthy queues: claim, publish, claim the next meanwhile.
 //!
-//! There are two with a channel each, so that a backlog takes half of what there is and no
-//! more: one for what was confirmed within the last minute, one for everything that is due.
+//! There are two, so that a backlog takes half of what there is and no more: one for what was
+//! confirmed within the last minute, one for everything that is due. What a lane has claimed
+//! for several queues flies on a channel for each: a channel works off what it is given in order
+//! and stands still at a queue that does not answer, and then it must hold nobody else's messages.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -15,12 +18,14 @@ use super::queues::Pace;
 use crate::pass::Trouble;
 use crate::store::{Error, Lane};
 
+/// Channels of one lane, and so queues that are sent to at the same time.
+const CHANNELS: usize = 8;
 /// Messages of one batch. RabbitMQ lets a connection send 400 messages into a channel and grants
 /// more by 200, so at least 201 are free at any time: a batch below that can wait for a queue
 /// that does not answer without stopping its connection, and with it everybody else.
 pub(super) const BATCH: usize = 200;
-/// Bytes of bodies in one batch.
-const BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// Bytes of bodies that one lane has claimed and not sent.
+const CLAIMED_BYTES: usize = 8 * 1024 * 1024;
 /// A lane looks for work this often if nothing is signalled.
 const POLL: Duration = Duration::from_secs(1);
 /// The wait after the store refused a claim, or RabbitMQ a channel.
@@ -28,10 +33,10 @@ const RETRY: Duration = Duration::from_millis(200);
 /// The shortest wait for what is due soon.
 const SHORTEST: Duration = Duration::from_millis(5);
 
-/// What a round of claims brought.
+/// What a round of claims brought, for each queue.
 #[derive(Default)]
 struct Gathered {
-    loaded: Vec<Loaded>,
+    batches: Vec<Vec<Loaded>>,
     /// When more is due, if that is known and soon.
     next_due_in: Option<Duration>,
 }
@@ -40,7 +45,8 @@ struct Gathered {
 pub(super) struct Running {
     rabbit: Arc<RabbitMq>,
     pace: Pace,
-    carrier: Option<Carrier>,
+    /// Channels that carry nothing at the moment.
+    carriers: Vec<Carrier>,
     trouble: Trouble,
 }
 
@@ -53,7 +59,7 @@ impl Running {
         Self {
             rabbit,
             pace,
-            carrier: None,
+            carriers: Vec::new(),
             trouble: Trouble::new(name),
         }
     }
@@ -62,25 +68,27 @@ impl Running {
     pub(super) async fn run(mut self) {
         let mut gathered = Gathered::default();
         while let Some(carrier) = self.carrier().await {
-            if gathered.loaded.is_empty() {
+            self.carriers.push(carrier);
+            if gathered.batches.is_empty() {
                 gathered = self.gather().await;
             }
-            if gathered.loaded.is_empty() {
-                self.carrier = Some(carrier);
+            if gathered.batches.is_empty() {
                 if self.wait(gathered.next_due_in).await {
                     continue;
                 }
                 return;
             }
-            let loaded = std::mem::take(&mut gathered.loaded);
-            let flying = self.take_off(carrier, loaded).await;
-            // While one batch is under way, the next is claimed.
+            let batches = std::mem::take(&mut gathered.batches);
+            let flying = self.take_off(batches).await;
+            // While these are under way, the next are claimed.
             if self.may_claim() {
                 gathered = self.gather().await;
             }
             self.follow(flying, &mut gathered).await;
         }
-        self.rabbit.give_back(gathered.loaded).await;
+        for batch in gathered.batches {
+            self.rabbit.give_back(batch).await;
+        }
     }
 
     fn may_claim(&self) -> bool {
@@ -95,8 +103,10 @@ impl Running {
                 () = self.rabbit.draining.cancelled() => return None,
                 opened = self.rabbit.publishing.ready() => opened,
             };
-            if let Some(carrier) = self.carrier.take().filter(Carrier::is_usable) {
-                return Some(carrier);
+            while let Some(carrier) = self.carriers.pop() {
+                if carrier.is_usable() {
+                    return Some(carrier);
+                }
             }
             match self.trouble.note(Carrier::open(opened).await) {
                 Some(carrier) => return Some(carrier),
@@ -118,17 +128,16 @@ impl Running {
         }
     }
 
-    /// Claims for everybody in turn until a batch is full.
+    /// Claims a batch for each in turn, for as many as there are channels.
     async fn gather(&mut self) -> Gathered {
         let mut gathered = Gathered::default();
-        let mut bytes = BATCH_BYTES;
+        let mut bytes = CLAIMED_BYTES;
         for subscription in self.rabbit.queues.turns(self.pace) {
-            let left = BATCH - gathered.loaded.len();
-            if left == 0 || bytes == 0 {
+            if gathered.batches.len() == CHANNELS || bytes == 0 {
                 self.rabbit.queues.more(self.pace, &subscription);
                 continue;
             }
-            let limit = self.rabbit.queues.reserve(&subscription, left);
+            let limit = self.rabbit.queues.reserve(&subscription, BATCH);
             if limit == 0 {
                 continue;
             }
@@ -151,7 +160,9 @@ impl Running {
                 .into_iter()
                 .flatten()
                 .min();
-            gathered.loaded.extend(loaded);
+            if !loaded.is_empty() {
+                gathered.batches.push(loaded);
+            }
         }
         gathered
     }
@@ -173,36 +184,46 @@ impl Running {
         Some((loaded, next))
     }
 
-    async fn take_off(&self, carrier: Carrier, loaded: Vec<Loaded>) -> Flying {
-        let rabbit = &self.rabbit;
-        let flight = Flight::start(rabbit, &rabbit.publishing, carrier, loaded).await;
-        Flying {
-            tag: flight.tag(),
-            landing: rabbit.tasks.spawn(flight.land()),
+    /// Sends each batch off on a channel of its own.
+    async fn take_off(&mut self, batches: Vec<Vec<Loaded>>) -> Vec<Flying> {
+        let mut flying = Vec::with_capacity(batches.len());
+        for loaded in batches {
+            let Some(carrier) = self.carrier().await else {
+                self.rabbit.give_back(loaded).await;
+                continue;
+            };
+            let rabbit = &self.rabbit;
+            let flight = Flight::start(rabbit, &rabbit.publishing, carrier, loaded).await;
+            flying.push(Flying {
+                tag: flight.tag(),
+                landing: rabbit.tasks.spawn(flight.land()),
+            });
         }
+        flying
     }
 
-    /// Follows a flight until it lands; or, if that takes long, leaves it alone with its queues
-    /// and goes on with the others.
-    async fn follow(&mut self, mut flying: Flying, gathered: &mut Gathered) {
-        loop {
-            match timeout(2 * PATIENCE, &mut flying.landing).await {
-                Ok(landed) => {
-                    self.carrier = landed.ok().and_then(|landed| landed.carrier);
-                    return;
-                }
-                // Nobody is served then, and the flight goes on when it is over.
-                Err(_) if self.rabbit.publishing.is_blocked() => {}
-                Err(_) => break,
-            }
+    /// Follows flights until they land; those that take long are left alone with their queues,
+    /// and it goes on with the others.
+    async fn follow(&mut self, flying: Vec<Flying>, gathered: &mut Gathered) {
+        let followed = flying.into_iter().map(|one| one.follow(&self.rabbit));
+        let landed = join_all(followed).await;
+        let late = landed.iter().any(Option::is_none);
+        let carriers = landed.into_iter().flatten();
+        self.carriers
+            .extend(carriers.filter_map(|landed| landed.carrier));
+        if late {
+            let open = |loaded: &Vec<Loaded>| {
+                let first = loaded.first();
+                first.is_some_and(|loaded| self.rabbit.queues.is_open(&loaded.subscription))
+            };
+            let batches = std::mem::take(&mut gathered.batches);
+            let (open, held_up) = batches.into_iter().partition(open);
+            gathered.batches = open;
+            let held_up: Vec<Vec<Loaded>> = held_up;
+            self.rabbit
+                .give_back(held_up.into_iter().flatten().collect())
+                .await;
         }
-        flying.tag.leave_alone(&self.rabbit.queues);
-        let loaded = std::mem::take(&mut gathered.loaded);
-        let (open, held_up) = loaded
-            .into_iter()
-            .partition(|loaded| self.rabbit.queues.is_open(&loaded.subscription));
-        gathered.loaded = open;
-        self.rabbit.give_back(held_up).await;
     }
 }
 
@@ -210,6 +231,29 @@ impl Running {
 struct Flying {
     tag: Tag,
     landing: JoinHandle<Landed>,
+}
+
+impl Flying {
+    /// How it landed; `None` if it was left alone.
+    async fn follow(mut self, rabbit: &RabbitMq) -> Option<Landed> {
+        loop {
+            match timeout(2 * PATIENCE, &mut self.landing).await {
+                Ok(landed) => {
+                    let nothing = Landed {
+                        carrier: None,
+                        trouble: None,
+                    };
+                    return Some(landed.unwrap_or(nothing));
+                }
+                // Nobody is served then, and the flight goes on when it is over.
+                Err(_) if rabbit.publishing.is_blocked() => {}
+                Err(_) => {
+                    self.tag.leave_alone(&rabbit.queues);
+                    return None;
+                }
+            }
+        }
+    }
 }
 
 fn body_bytes(loaded: &Loaded) -> usize {

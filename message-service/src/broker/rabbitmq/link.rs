@@ -99,9 +99,14 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// A new channel, in a bounded time.
+    /// A new channel, in a bounded time. A connection that gives none is of no use: it does not
+    /// answer, or it is full of channels that a silent queue keeps from closing.
     pub(super) async fn channel(&self) -> Result<Channel, Error> {
-        match timeout(STEP, self.connection.create_channel()).await {
+        let opened = timeout(STEP, self.connection.create_channel()).await;
+        if !matches!(opened, Ok(Ok(_))) {
+            self.give_up();
+        }
+        match opened {
             Ok(channel) => Ok(channel?),
             Err(_) => Err(Error::timed_out("open a channel", STEP)),
         }

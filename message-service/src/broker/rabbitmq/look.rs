@@ -8,6 +8,7 @@ use futures_util::{StreamExt as _, stream};
 
 use super::RabbitMq;
 use super::declare::{self, Declared};
+use super::error::Error;
 use super::link::Opened;
 use super::queues::Health;
 use crate::pass::Trouble;
@@ -70,7 +71,7 @@ impl RabbitMq {
         }
         // At the same time, because one that does not answer must not keep us from knowing how
         // full the others are.
-        let looks = self.queues.which(|_| true).into_iter();
+        let looks = self.queues.to_look_at(self.clock.monotonic()).into_iter();
         let looks = looks.map(|subscription| self.look_at(opened, subscription));
         let looked: Vec<Result<(), String>> = stream::iter(looks)
             .buffer_unordered(AT_A_TIME)
@@ -103,7 +104,12 @@ impl RabbitMq {
                     let open = |health: &Health| *health == Health::Open;
                     self.queues.turn(subscription, open, missing);
                 }
-                Err(error) => return Err(format!("queue {queue}: {error}")),
+                Err(error) => {
+                    if matches!(error, Error::TimedOut { .. }) {
+                        self.queues.silent(subscription, self.clock.monotonic());
+                    }
+                    return Err(format!("queue {queue}: {error}"));
+                }
             }
         }
         let made = declare::queue(opened, &queue).await;
@@ -157,7 +163,7 @@ impl RabbitMq {
 }
 
 /// Why a queue that was declared cannot be used.
-fn wrong(declared: Result<Declared, super::error::Error>) -> Option<String> {
+fn wrong(declared: Result<Declared, Error>) -> Option<String> {
     match declared {
         Ok(Declared::Exists) => None,
         Ok(Declared::Differs(why)) => Some(why),

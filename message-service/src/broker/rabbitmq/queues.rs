@@ -14,6 +14,8 @@ const LEAST_IN_QUEUE: u64 = 10_000;
 const SECONDS_IN_QUEUE: f64 = 5.0;
 /// How much a new second weighs in the recent answer rate.
 const WEIGHT: f64 = 0.3;
+/// How long a queue that gave no answer is not looked at.
+const SILENT_WAIT: Duration = Duration::from_secs(5);
 /// How long a queue must have been seen empty before what was sent to it is looked for: by
 /// then answers that were on their way are here.
 const EMPTY_FOR: Duration = Duration::from_secs(3);
@@ -57,6 +59,8 @@ struct Queue {
     consumers: u32,
     /// When it was last looked at.
     seen_at: Duration,
+    /// It is not looked at before.
+    look_at: Duration,
     /// Since when every look found it empty.
     empty_since: Option<Duration>,
     /// Answers since the last look.
@@ -136,6 +140,7 @@ impl Queues {
                 in_flight: 0,
                 consumers: 0,
                 seen_at: Duration::ZERO,
+                look_at: Duration::ZERO,
                 empty_since: None,
                 answered: 0,
                 rate: 0.0,
@@ -258,6 +263,24 @@ impl Queues {
                 _ => None,
             };
         }
+    }
+
+    /// A look got no answer. The next one waits, because each keeps a channel until the queue
+    /// answers.
+    pub(super) fn silent(&self, name: &str, now: Duration) {
+        if let Some(queue) = self.lock().queues.get_mut(name) {
+            queue.look_at = now + SILENT_WAIT;
+        }
+    }
+
+    /// Which queues to look at.
+    pub(super) fn to_look_at(&self, now: Duration) -> Vec<String> {
+        let state = self.lock();
+        let due = state
+            .queues
+            .iter()
+            .filter(|(_, queue)| queue.look_at <= now);
+        due.map(|(name, _)| name.clone()).collect()
     }
 
     /// A second is over: the rate of answers is brought up to date.
