@@ -54,6 +54,12 @@ use sent::Unmarked;
 const SENT_FLUSH: Duration = Duration::from_secs(1);
 /// SENT is written at once if this many wait.
 const SENT_WAITING: usize = 20_000;
+/// A handler may take less than `resend_after`, so a consumer that is connected to an empty queue
+/// and has answered nothing for twice as long holds nothing.
+const SILENT_CONSUMER: u32 = 2;
+/// But one that stands still is only noticed when its heartbeats are missing, after 20 s, and then
+/// everything that it held is back in its queue.
+const LEAST_SILENCE: Duration = Duration::from_secs(30);
 /// How long the end waits for what is under way beyond its publisher confirms.
 const LAST: Duration = Duration::from_secs(5);
 
@@ -366,18 +372,18 @@ impl Broker for RabbitMq {
 
     fn answered(&self, subscription: &str, ids: &[MessageId]) {
         self.unmarked.answered(subscription, ids);
-        self.queues.answered(subscription, ids.len());
+        self.queues
+            .answered(subscription, ids.len(), self.clock.monotonic());
     }
 
     async fn is_gone(&self, subscription: &str, overdue: &[Overdue]) -> Vec<bool> {
         // An answer that still waits in RabbitMQ is no silence.
         let silent = self.looking.is_up() && self.answers_waiting.load(Ordering::Relaxed) == 0;
         let (now, monotonic) = (self.store.now(), self.clock.monotonic());
+        let silence = (self.settings.resend_after * SILENT_CONSUMER).max(LEAST_SILENCE);
         let gone = |sent_at: Timestamp| {
-            silent
-                && self
-                    .queues
-                    .does_not_hold(subscription, now.since(sent_at), monotonic)
+            let ago = now.since(sent_at);
+            silent && (self.queues).does_not_hold(subscription, ago, silence, monotonic)
         };
         overdue
             .iter()

@@ -65,6 +65,8 @@ struct Queue {
     empty_since: Option<Duration>,
     /// Answers since the last look.
     answered: u64,
+    /// When answers last came; before the first, when the queue was first seen.
+    answered_at: Option<Duration>,
     /// Answers per second.
     rate: f64,
     /// Something may be due, for each lane.
@@ -143,6 +145,7 @@ impl Queues {
                 look_at: Duration::ZERO,
                 empty_since: None,
                 answered: 0,
+                answered_at: None,
                 rate: 0.0,
                 due: [true; 2],
                 alone: true,
@@ -245,9 +248,10 @@ impl Queues {
     }
 
     /// Answers were written.
-    pub(super) fn answered(&self, name: &str, answers: usize) {
+    pub(super) fn answered(&self, name: &str, answers: usize, now: Duration) {
         if let Some(queue) = self.lock().queues.get_mut(name) {
             queue.answered += answers as u64;
+            queue.answered_at = Some(now);
         }
     }
 
@@ -258,6 +262,7 @@ impl Queues {
             queue.sent_since = 0;
             queue.consumers = seen.consumers;
             queue.seen_at = now;
+            queue.answered_at.get_or_insert(now);
             queue.empty_since = match seen.waiting {
                 0 if queue.in_flight == 0 => queue.empty_since.or(Some(now)),
                 _ => None,
@@ -321,9 +326,16 @@ impl Queues {
         true
     }
 
-    /// Whether a message that was sent this long ago is certainly not in the queue any more,
-    /// nor with a consumer, nor its answer on the way.
-    pub(super) fn does_not_hold(&self, name: &str, sent_ago: Duration, now: Duration) -> bool {
+    /// Whether a message that was sent this long ago is not in the queue any more, nor with a
+    /// consumer, nor its answer on the way. `silence` is longer than a handler may take: a
+    /// consumer that is connected and answers nothing for so long has nothing to answer.
+    pub(super) fn does_not_hold(
+        &self,
+        name: &str,
+        sent_ago: Duration,
+        silence: Duration,
+        now: Duration,
+    ) -> bool {
         let state = self.lock();
         let Some(queue) = state.queues.get(name) else {
             return false;
@@ -334,8 +346,12 @@ impl Queues {
         let empty = queue
             .empty_since
             .is_some_and(|since| now.saturating_sub(since) >= EMPTY_FOR);
+        let silent = sent_ago >= silence
+            && queue
+                .answered_at
+                .is_some_and(|at| now.saturating_sub(at) >= silence);
         // A look does not see what consumers hold.
-        looked && empty && (queue.consumers == 0 || sent_ago >= CONSUMER_HOLDS)
+        looked && empty && (queue.consumers == 0 || silent || sent_ago >= CONSUMER_HOLDS)
     }
 
     pub(super) fn consumers(&self, name: &str) -> Option<u32> {
@@ -445,7 +461,7 @@ mod tests {
     fn a_quick_subscription_may_have_more_in_its_queue() {
         let queues = queues(&["a"]);
         for _ in 0..50 {
-            queues.answered("a", 10_000);
+            queues.answered("a", 10_000, SECOND);
             queues.tick();
         }
         let room = queues.reserve("a", 100_000);
@@ -466,7 +482,7 @@ mod tests {
     fn a_message_is_gone_only_if_nobody_can_hold_it() {
         let queues = queues(&["a"]);
         let seen = |waiting, consumers| Seen { waiting, consumers };
-        let gone = |ago, now| queues.does_not_hold("a", ago, now);
+        let gone = |ago, now| queues.does_not_hold("a", ago, 90 * SECOND, now);
         assert!(!gone(SECOND, SECOND), "never looked");
         queues.seen("a", seen(0, 0), SECOND);
         assert!(!gone(60 * SECOND, 2 * SECOND), "not empty for long");
@@ -476,6 +492,16 @@ mod tests {
         queues.seen("a", seen(0, 1), 9 * SECOND);
         assert!(!gone(60 * SECOND, 10 * SECOND), "a consumer may hold it");
         assert!(gone(CONSUMER_HOLDS, 10 * SECOND));
+        queues.seen("a", seen(0, 1), 99 * SECOND);
+        assert!(
+            gone(95 * SECOND, 100 * SECOND),
+            "it would have been answered"
+        );
+        queues.answered("a", 1, 99 * SECOND);
+        assert!(
+            !gone(95 * SECOND, 100 * SECOND),
+            "it may come after this one"
+        );
         queues.seen("a", seen(1, 0), 10 * SECOND);
         assert!(!gone(CONSUMER_HOLDS, 20 * SECOND));
     }
