@@ -8,6 +8,7 @@ mod answers;
 mod bodies;
 mod checks;
 mod console;
+mod decisions;
 mod deliveries;
 mod lanes;
 mod messages;
@@ -19,6 +20,7 @@ mod rows;
 mod session;
 mod time;
 mod topology;
+mod verbs;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -31,9 +33,10 @@ use uuid::Uuid;
 
 use answers::{Acknowledge, Back, Recover, Recovery, TakeBack};
 use checks::{ClaimChecks, Due, DueReply, SettleChecks};
+use decisions::Decide;
 use deliveries::{Claim, Leased, MarkSent};
 use lanes::Lane as WriteLane;
-use messages::{Decide, Prepare, Publish};
+use messages::{Prepare, Publish};
 pub use open::{Address, OpenError, migrate};
 use readers::Readers;
 use retire::{Retire, Wanted};

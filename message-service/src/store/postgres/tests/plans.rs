@@ -1,6 +1,6 @@
 //! How the database does what the hot statements ask for.
 
-use super::super::{answers, checks, deliveries, messages, outcomes, session};
+use super::super::{answers, checks, decisions, deliveries, outcomes, session};
 use super::*;
 
 /// The plan that stays in use whatever the arguments are, one step per line.
@@ -54,7 +54,7 @@ async fn hot_statements_walk_along_an_index() {
         ),
         (
             "(uuid[], text[], text[])",
-            messages::DECIDE,
+            decisions::DECIDE,
             "'{}', '{}', '{}'",
             &["message_pkey"],
         ),
