@@ -9,8 +9,6 @@ mod book;
 mod database;
 mod options;
 mod payment;
-#[cfg(test)]
-mod scratch;
 
 use std::time::Duration;
 

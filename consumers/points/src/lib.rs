@@ -9,8 +9,6 @@ mod database;
 mod grant;
 mod options;
 mod payment;
-#[cfg(test)]
-mod scratch;
 
 use std::time::Duration;
 

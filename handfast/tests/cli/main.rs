@@ -7,7 +7,5 @@ mod fail_points;
 mod migrate;
 mod process;
 mod refusals;
-#[path = "../../../migrations/tests/schemas/scratch.rs"]
-mod scratch;
 mod signals;
 mod start;

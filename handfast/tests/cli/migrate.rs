@@ -4,7 +4,7 @@ use handfast_migrations::{Database, Owner};
 use sqlx::ConnectOptions as _;
 
 use crate::process::{folder, printed, refused};
-use crate::scratch::Scratch;
+use handfast_scratch::Scratch;
 
 #[tokio::test]
 async fn migrating_twice_applies_nothing_the_second_time() {

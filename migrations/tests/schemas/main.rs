@@ -2,10 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests may fail loudly")]
 
-mod scratch;
-
 use handfast_migrations::{Database, Error, Owner, SchemaConnection};
-use scratch::Scratch;
+use handfast_scratch::Scratch;
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};

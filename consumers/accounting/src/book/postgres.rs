@@ -60,7 +60,7 @@ mod tests {
     use super::super::tests::{paid, payment};
     use crate::Accounting;
     use crate::database::{Database, postgres};
-    use crate::scratch::Scratch;
+    use handfast_scratch::Scratch;
 
     use super::*;
 

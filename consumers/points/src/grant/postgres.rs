@@ -41,7 +41,7 @@ mod tests {
     use super::super::tests::paid;
     use crate::Points;
     use crate::database::postgres;
-    use crate::scratch::Scratch;
+    use handfast_scratch::Scratch;
 
     use super::*;
 

@@ -1,3 +1,4 @@
+use handfast_scratch::Scratch;
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions as _};
 
@@ -8,11 +9,6 @@ use crate::clock::SystemClock;
 use crate::message::{AnswerKind, DeliveryPolicy, MessageEvent};
 use crate::store::conformance::{Harness, conformance_suite};
 use crate::topology::{Producer, Subscription, Topic};
-
-#[path = "../../../../migrations/tests/schemas/scratch.rs"]
-mod scratch;
-
-use scratch::Scratch;
 
 /// A store in a database of its own.
 struct OnPostgres {

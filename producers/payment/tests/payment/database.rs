@@ -9,7 +9,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgPool, Pool, Postgres, Sqlite, SqlitePool};
 use tempfile::TempDir;
 
-use crate::scratch::Scratch;
+use handfast_scratch::Scratch;
 
 pub(crate) trait Kind: FenceDatabase {
     /// What keeps the database there.

@@ -3,8 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
 mod database;
-#[path = "../../../../migrations/tests/schemas/scratch.rs"]
-mod scratch;
 #[expect(dead_code, reason = "the SDK's tests use more of it than these")]
 #[path = "../../../sdk/tests/sdk/scripted.rs"]
 mod scripted;
@@ -16,9 +14,9 @@ use database::{Kind, on_every_database};
 use handfast_producer::proto::v1::MessageState;
 use handfast_producer::proto::v1::business_status_client::BusinessStatusClient;
 use handfast_producer::proto::v1::{CheckRequest, Question, VerdictKind};
+use handfast_scratch::Scratch;
 use payment::client::*;
 use payment::{Database, Options, job, open_accounts, pay, serve, store};
-use scratch::Scratch;
 use scripted::{Fault, PATIENCE, Scripted};
 use sqlx::{Pool, Postgres};
 use tokio::net::{TcpListener, TcpStream};

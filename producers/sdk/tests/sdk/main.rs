@@ -4,8 +4,6 @@
 
 mod asking;
 mod postgres;
-#[path = "../../../../migrations/tests/schemas/scratch.rs"]
-mod scratch;
 mod scripted;
 mod status;
 mod transact;

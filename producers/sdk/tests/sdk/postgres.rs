@@ -13,8 +13,8 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, Postgres};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, PgPool};
 use uuid::Uuid;
 
-use crate::scratch::Scratch;
 use crate::scripted::{PATIENCE, Scripted};
+use handfast_scratch::Scratch;
 
 /// What a database's default may be.
 const LEVELS: [&str; 3] = ["read committed", "repeatable read", "serializable"];

@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, Pool, Postgres, Sqlite, Transaction};
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use super::scratch::Scratch;
+use handfast_scratch::Scratch;
 
 /// A database with the table `effect`, which is real and this test's own.
 pub(crate) trait Database: InboxDatabase<Connection: GuardConnection> {

@@ -3,7 +3,6 @@
 mod database;
 mod proxy;
 mod rabbit;
-mod scratch;
 mod service;
 
 use std::sync::{Arc, Mutex};

@@ -1,16 +1,20 @@
 //! A database of a test's own on the PostgreSQL server that `HANDFAST_TEST_POSTGRES` names.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
+
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions as _};
 
 /// A new database; it goes when this is dropped, with everybody who is connected to it.
-pub(crate) struct Scratch {
+#[derive(Debug)]
+pub struct Scratch {
     server: PgConnectOptions,
     name: String,
 }
 
 impl Scratch {
-    pub(crate) async fn create() -> Self {
+    /// Makes it. Panics if no server is named or it cannot be made.
+    pub async fn create() -> Self {
         let Ok(url) = std::env::var("HANDFAST_TEST_POSTGRES") else {
             panic!("HANDFAST_TEST_POSTGRES is not set; run `cargo xtask test`, or name a server");
         };
@@ -21,8 +25,13 @@ impl Scratch {
     }
 
     /// How to connect to it.
-    pub(crate) fn options(&self) -> PgConnectOptions {
+    pub fn options(&self) -> PgConnectOptions {
         self.server.clone().database(&self.name)
+    }
+
+    /// The same as text.
+    pub fn url(&self) -> String {
+        self.options().to_url_lossy().to_string()
     }
 }
 
