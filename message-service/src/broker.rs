@@ -36,8 +36,8 @@ pub trait Broker: Send + Sync + 'static {
     /// What is known of a subscription's queue, where there is one.
     fn queue(&self, subscription: &str) -> Option<QueueState>;
 
-    /// Answers that were dropped since the start.
-    fn dropped_answers(&self) -> AnswerCounts;
+    /// How it is with the answers that come by way of it.
+    fn answers(&self) -> AnswerState;
 }
 
 /// Whether a broker can carry anything.
@@ -63,9 +63,12 @@ pub struct QueueState {
     pub trouble: String,
 }
 
-/// Answers that were dropped, because nothing could become of them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct AnswerCounts {
+/// Whether answers are taken, and how many were dropped since the start because nothing could
+/// become of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AnswerState {
+    /// Why none are taken; empty while they are.
+    pub trouble: String,
     /// They could not be read.
     pub unreadable: u64,
     /// Nobody declared their subscription.

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::broker::{AnswerCounts, Broker, BrokerState, QueueState};
+use crate::broker::{AnswerState, Broker, BrokerState, QueueState};
 use crate::clock::ManualClock;
 use crate::message::{
     Answer, AnswerKind, CheckPolicy, DeliveryPolicy, DeliveryState, MessageId, NewMessage,
@@ -189,8 +189,8 @@ impl Broker for Signals {
         None
     }
 
-    fn dropped_answers(&self) -> AnswerCounts {
-        AnswerCounts::default()
+    fn answers(&self) -> AnswerState {
+        AnswerState::default()
     }
 }
 

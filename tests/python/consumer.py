@@ -1,7 +1,7 @@
 """A consumer of `docs/guide/wire.md`: books what deliveries say into accounts, each once.
 
-One message at a time, one transaction per message. So what came back unanswered runs alone,
-as the contract wants it, because everything does.
+One message at a time, one transaction per message, and no other message held meanwhile. So what
+came back unanswered runs alone, as the contract wants it, because everything does.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import psycopg
 
 CONSUMED, FAILED, LATER, REJECTED = "CONSUMED", "FAILED", "LATER", "REJECTED"
 
-PREFETCH = 20
+PREFETCH = 1
 FIRST_BACKOFF_S = 0.1
 REASON_CHARACTERS = 250  # at most 1,000 bytes
 REMEMBERS_US = (7 - 1) * 24 * 3600 * 1_000_000

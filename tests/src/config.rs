@@ -45,6 +45,14 @@ impl Config {
         }
     }
 
+    /// The same, with the timers that a service has when nobody sets them.
+    pub fn with_usual_timers() -> Self {
+        Self {
+            server: Vec::new(),
+            ..Self::empty()
+        }
+    }
+
     /// Sets a key of `[server]` to a value as TOML writes it.
     #[must_use]
     pub fn server(mut self, key: &str, value: impl ToString) -> Self {
@@ -91,6 +99,12 @@ impl Config {
     #[must_use]
     pub fn subscription(self, name: &str, topic: &str) -> Self {
         self.subscription_with(name, topic, &format!("schedule_ms = [{STEP_MS}]"))
+    }
+
+    /// Adds a subscription that has nothing of its own.
+    #[must_use]
+    pub fn usual_subscription(self, name: &str, topic: &str) -> Self {
+        self.subscription_with(name, topic, "")
     }
 
     /// Adds a subscription with more lines of its own.

@@ -7,35 +7,42 @@ use crate::message::Delivered;
 /// Bounded by the prefetch, because credit is.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
-    waiting: VecDeque<Delivered>,
+    together: VecDeque<Delivered>,
+    alone: VecDeque<Delivered>,
 }
 
 impl Queue {
     pub(crate) fn push(&mut self, message: Delivered) {
-        self.waiting.push_back(message);
+        match message.alone {
+            true => self.alone.push_back(message),
+            false => self.together.push_back(message),
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
+        self.together.is_empty() && self.alone.is_empty()
     }
 
     /// Takes what may run in one transaction now: what is there, at most `max`, in order of
     /// arrival. `idle` says that nothing else is running.
     ///
-    /// A delivery that is to run alone waits until nothing else runs. A second copy of a
-    /// message waits for the next batch, where the inbox knows it.
+    /// A delivery that is to run alone waits until nothing else runs and nothing else is here:
+    /// if it ends the process, it takes nothing with it. Its source asks for nothing more
+    /// meanwhile, so this ends. A second copy of a message waits for the next batch, where the
+    /// inbox knows it.
     pub(crate) fn take(&mut self, max: usize, idle: bool) -> Option<Vec<Delivered>> {
-        if self.waiting.front()?.alone {
-            return idle.then(|| self.waiting.pop_front().into_iter().collect());
+        if self.together.is_empty() {
+            let alone = idle.then(|| self.alone.pop_front())?;
+            return alone.map(|message| vec![message]);
         }
         let mut ids = HashSet::new();
         let together = self
-            .waiting
+            .together
             .iter()
             .take(max)
-            .take_while(|message| !message.alone && ids.insert(message.message_id))
+            .take_while(|message| ids.insert(message.message_id))
             .count();
-        Some(self.waiting.drain(..together).collect())
+        Some(self.together.drain(..together).collect())
     }
 }
 
@@ -83,12 +90,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_to_run_alone_waits_until_nothing_else_runs() {
-        let mut queue = queue(&[(1, false), (2, true), (3, false)]);
-        assert_eq!(ids(queue.take(9, true)), Some(vec![1]));
+    fn what_is_to_run_alone_waits_until_nothing_else_is_here() {
+        let mut queue = queue(&[(1, false), (2, true), (3, false), (4, true)]);
+        assert_eq!(ids(queue.take(9, true)), Some(vec![1, 3]));
         assert_eq!(ids(queue.take(9, false)), None);
         assert_eq!(ids(queue.take(9, true)), Some(vec![2]));
-        assert_eq!(ids(queue.take(9, true)), Some(vec![3]));
+        assert_eq!(ids(queue.take(9, true)), Some(vec![4]));
+        assert!(queue.is_empty());
     }
 
     #[test]

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use session::{Grants, Sending, Sendings, Session};
 
-use crate::broker::{AnswerCounts, Broker, BrokerState, QueueState};
+use crate::broker::{AnswerState, Broker, BrokerState, QueueState};
 use crate::clock::Clock;
 use crate::message::MessageId;
 use crate::store::{Overdue, Store};
@@ -250,8 +250,8 @@ impl Broker for Embedded {
         None
     }
 
-    fn dropped_answers(&self) -> AnswerCounts {
-        AnswerCounts::default()
+    fn answers(&self) -> AnswerState {
+        AnswerState::default()
     }
 }
 

@@ -39,7 +39,7 @@ use uuid::Uuid;
 pub use link::Addresses;
 pub use names::{Names, RESERVED};
 
-use super::{AnswerCounts, AnswerSink, Broker, BrokerState, QueueState};
+use super::{AnswerSink, AnswerState, Broker, BrokerState, QueueState};
 use crate::clock::Clock;
 use crate::message::{MessageId, Timestamp};
 use crate::pass::Trouble;
@@ -123,6 +123,7 @@ pub struct RabbitMq {
     incidents: answers::Incidents,
     /// Answers that wait in RabbitMQ, as last seen.
     answers_waiting: AtomicU64,
+    answers_trouble: answers::Standstill,
     /// True once RabbitMQ's names are known to be this store's. Before, nothing is sent and
     /// nobody's answers are taken.
     ours: watch::Sender<bool>,
@@ -171,6 +172,7 @@ impl RabbitMq {
             unmarked: Unmarked::default(),
             incidents: answers::Incidents::default(),
             answers_waiting: AtomicU64::new(0),
+            answers_trouble: answers::Standstill::default(),
             ours: watch::Sender::new(false),
             removed: Mutex::default(),
             publishing: link("publish"),
@@ -417,9 +419,10 @@ impl Broker for RabbitMq {
         })
     }
 
-    fn dropped_answers(&self) -> AnswerCounts {
+    fn answers(&self) -> AnswerState {
         let [unreadable, unknown, foreign] = self.incidents.counts();
-        AnswerCounts {
+        AnswerState {
+            trouble: self.answers_trouble.shown(),
             unreadable,
             unknown,
             foreign,

@@ -8,7 +8,7 @@ use super::{
     DeliveryCursor, DeliveryState, DeliveryView, Error, MessageFilter, MessageId, MessageView,
     Service, SubscriptionCounts, limits,
 };
-use crate::broker::{AnswerCounts, BrokerState, QueueState};
+use crate::broker::{AnswerState, BrokerState, QueueState};
 use crate::message::Invalid;
 use crate::store;
 
@@ -28,8 +28,8 @@ pub struct CountsView {
     pub queues: Vec<QueueState>,
     /// Whether deliveries can be carried.
     pub broker: BrokerState,
-    /// Answers that came by way of the broker and were of no use.
-    pub dropped_answers: AnswerCounts,
+    /// How it is with the answers that come by way of the broker.
+    pub answers: AnswerState,
     /// For each producer of the store's list: whether it did not answer when last asked.
     pub unreachable: Vec<bool>,
 }
@@ -80,7 +80,7 @@ impl Service {
             consumers: counts.subscriptions.iter().map(consumers).collect(),
             queues: counts.subscriptions.iter().map(queue).collect(),
             broker: self.broker.state(),
-            dropped_answers: self.broker.dropped_answers(),
+            answers: self.broker.answers(),
             unreachable: counts.producers.iter().map(unreachable).collect(),
             store: counts,
         })

@@ -1881,6 +1881,9 @@ pub struct BrokerCounts {
     /// Answers by another AMQP user than the subscription's.
     #[prost(uint64, tag = "5")]
     pub foreign_answers: u64,
+    /// Why answers are not taken out of the broker; empty while they are.
+    #[prost(string, tag = "6")]
+    pub answers_trouble: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SubscriptionCounts {

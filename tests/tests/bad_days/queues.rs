@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use handfast_servers::RabbitMq;
-use handfast_tests::stays;
+use handfast_tests::{eventually, stays};
 
 use crate::scene::{Id, RESUMES, SOON, STEADY, Scene, TROUBLED};
 
@@ -129,7 +129,7 @@ async fn what_may_not_be_written_is_not_sent_until_it_may_again() {
 impl Scene {
     /// None if this one was consumed all the same; else why it is not sent.
     async fn until_denied(&self, probe: &[Id]) -> Option<String> {
-        handfast_tests::eventually("a probe is consumed or denied", SOON, async || {
+        eventually("a probe is consumed or denied", SOON, async || {
             let delivery = self.deliveries(STEADY, probe).await.remove(0);
             if delivery.state == "CONSUMED" {
                 return Ok(None);
@@ -201,6 +201,43 @@ async fn a_queue_that_does_not_answer_delays_nobody_else() {
     assert_eq!(scene.rabbitmq().eval(&resume).unwrap(), "ok");
     scene.until_consumed(TROUBLED, &all, SOON).await;
     steady.came_once(&all).await;
+    troubled.kept_once(&all).await;
+    scene.nothing_counted().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_whose_queue_does_not_answer_are_shown_and_taken_later() {
+    let mut scene = Scene::start().await;
+    let (steady, troubled) = (scene.sink(STEADY).await, scene.sink(TROUBLED).await);
+    let mut all = scene.publish(20).await;
+    for subscription in [STEADY, TROUBLED] {
+        scene.until_consumed(subscription, &all, SOON).await;
+    }
+    assert_eq!(scene.answers_trouble().await, "");
+    let process = format!("whereis('%2F_{}')", scene.queue("acknowledge"));
+    let suspend = format!("sys:suspend({process}).");
+    assert_eq!(scene.rabbitmq().eval(&suspend).unwrap(), "ok");
+    let silent = scene.publish(20).await;
+    let shown = eventually("the reason is shown", SOON, async || {
+        let trouble = scene.answers_trouble().await;
+        let named = trouble.contains("acknowledge");
+        named.then_some(trouble.clone()).ok_or(trouble)
+    })
+    .await;
+    eprintln!("an operator reads: {shown}");
+
+    let resume = format!("sys:resume({process}).");
+    assert_eq!(scene.rabbitmq().eval(&resume).unwrap(), "ok");
+    all.extend(silent);
+    for subscription in [STEADY, TROUBLED] {
+        scene.until_consumed(subscription, &all, SOON).await;
+    }
+    eventually("all is well", SOON, async || {
+        let trouble = scene.answers_trouble().await;
+        trouble.is_empty().then_some(()).ok_or(trouble)
+    })
+    .await;
+    steady.kept_once(&all).await;
     troubled.kept_once(&all).await;
     scene.nothing_counted().await;
 }

@@ -203,6 +203,12 @@ impl Scene {
         found.next().expect("it is counted").trouble
     }
 
+    /// Why answers are not taken, as an operator sees it.
+    pub(crate) async fn answers_trouble(&self) -> String {
+        let broker = self.counts().await.broker.expect("a broker");
+        broker.answers_trouble
+    }
+
     /// Waits until an operator sees why nothing is sent to a queue.
     pub(crate) async fn until_trouble(&self, subscription: &str) -> String {
         eventually(format!("{subscription} is in trouble"), SOON, async || {

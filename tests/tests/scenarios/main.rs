@@ -16,6 +16,7 @@ mod payment_completed;
 mod payout;
 mod same_request;
 mod sent_is_there;
+mod stall;
 mod states;
 mod status_endpoints;
 mod two_jobs;

@@ -52,9 +52,10 @@ pub(in crate::api) fn counts(view: CountsView) -> proto::CountsResponse {
         broker: Some(proto::BrokerCounts {
             state: state as i32,
             reason,
-            unreadable_answers: view.dropped_answers.unreadable,
-            unknown_answers: view.dropped_answers.unknown,
-            foreign_answers: view.dropped_answers.foreign,
+            unreadable_answers: view.answers.unreadable,
+            unknown_answers: view.answers.unknown,
+            foreign_answers: view.answers.foreign,
+            answers_trouble: view.answers.trouble,
         }),
     }
 }

@@ -35,6 +35,9 @@ const SLICE: usize = 500;
 const RETRY: Duration = Duration::from_millis(200);
 /// One line per kind of incident in this time.
 const LOG_EVERY: Duration = Duration::from_secs(60);
+/// How long nothing comes before the consumer is made anew. RabbitMQ can forget a consumer without
+/// a word, as when its queue is deleted and is back at once.
+const QUIET: Duration = Duration::from_secs(10);
 /// How long the beginning may take: after a crash RabbitMQ takes some seconds before a queue has
 /// consumers again, and beginning anew would only take as long.
 const BEGIN: Duration = Duration::from_secs(30);
@@ -80,6 +83,40 @@ impl Incidents {
     }
 }
 
+/// Why answers are not taken, as two see it: who consumes them, and who looks at their queue.
+#[derive(Debug, Default)]
+pub(super) struct Standstill {
+    why: std::sync::Mutex<[Option<String>; 2]>,
+}
+
+impl Standstill {
+    /// The queue was looked at.
+    pub(super) fn looked(&self, why: Option<String>) {
+        self.lock()[0] = why;
+    }
+
+    /// Taking answers began, or could not.
+    fn taken(&self, why: Option<String>) {
+        self.lock()[1] = why;
+    }
+
+    /// One line for people; empty if all is well.
+    pub(super) fn shown(&self) -> String {
+        self.lock()
+            .iter()
+            .flatten()
+            .next()
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, [Option<String>; 2]> {
+        self.why
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
 /// Takes answers until the broker stops.
 pub(super) async fn run(rabbit: Arc<RabbitMq>, sink: Arc<dyn AnswerSink>) {
     let mut trouble = Trouble::new("taking answers");
@@ -98,6 +135,11 @@ pub(super) async fn run(rabbit: Arc<RabbitMq>, sink: Arc<dyn AnswerSink>) {
         if rabbit.stopping.is_cancelled() {
             return;
         }
+        if let Err(error) = &taken {
+            let queue = rabbit.names.acknowledge();
+            let why = format!("queue {queue}: {error}");
+            rabbit.answers_trouble.taken(Some(why));
+        }
         trouble.note(taken);
         tokio::time::sleep(RETRY).await;
     }
@@ -108,8 +150,11 @@ async fn take(rabbit: &RabbitMq, sink: &dyn AnswerSink, opened: &Arc<Opened>) ->
     let queue = rabbit.names.acknowledge();
     declare::acknowledge(opened, &queue).await?;
     let channel = opened.channel().await?;
-    let mut consumer = match consume(&channel, &queue).await {
-        Ok(consumer) => consumer,
+    let mut consumer = match consume(rabbit, &channel, &queue).await {
+        Ok(consumer) => {
+            rabbit.answers_trouble.taken(None);
+            consumer
+        }
         Err(error) => {
             // It may have begun all the same, and then RabbitMQ gives this channel what nobody
             // takes.
@@ -121,10 +166,16 @@ async fn take(rabbit: &RabbitMq, sink: &dyn AnswerSink, opened: &Arc<Opened>) ->
         let first = tokio::select! {
             first = consumer.next() => first,
             () = rabbit.stopping.cancelled() => {
-                let cancelled = channel.basic_cancel(TAG.into(), BasicCancelOptions::default());
-                // What is left on the channel goes back to the queue when it closes.
-                let _ = timeout(STEP, cancelled).await;
+                // A connection that does not end this is closed anyway.
+                let _ = end(&channel).await;
                 return Ok(());
+            }
+            () = tokio::time::sleep(QUIET) => {
+                let ended = end(&channel).await;
+                if ended.is_err() {
+                    opened.give_up();
+                }
+                return ended;
             }
             () = opened.gone() => return Ok(()),
         };
@@ -151,7 +202,21 @@ async fn take(rabbit: &RabbitMq, sink: &dyn AnswerSink, opened: &Arc<Opened>) ->
     }
 }
 
-async fn consume(channel: &Channel, queue: &str) -> Result<Consumer, Error> {
+/// Ends the consumer and its channel. What is left on the channel goes back to the queue.
+async fn end(channel: &Channel) -> Result<(), Error> {
+    let ended = timeout(STEP, async {
+        channel
+            .basic_cancel(TAG.into(), BasicCancelOptions::default())
+            .await?;
+        channel.close(200, "OK".into()).await
+    });
+    match ended.await {
+        Ok(ended) => Ok(ended?),
+        Err(_) => Err(Error::timed_out("end a consumer of answers", STEP)),
+    }
+}
+
+async fn consume(rabbit: &RabbitMq, channel: &Channel, queue: &str) -> Result<Consumer, Error> {
     let begin = async {
         channel
             .basic_qos(PREFETCH, BasicQosOptions::default())
@@ -165,7 +230,14 @@ async fn consume(channel: &Channel, queue: &str) -> Result<Consumer, Error> {
             )
             .await
     };
-    match timeout(BEGIN, begin).await {
+    let mut begin = std::pin::pin!(begin);
+    if let Ok(consumer) = timeout(STEP, &mut begin).await {
+        return Ok(consumer?);
+    }
+    let slow = Error::timed_out("consume answers", STEP);
+    let why = format!("queue {queue}: {slow}");
+    rabbit.answers_trouble.taken(Some(why));
+    match timeout(BEGIN - STEP, begin).await {
         Ok(consumer) => Ok(consumer?),
         Err(_) => Err(Error::timed_out("consume answers", BEGIN)),
     }

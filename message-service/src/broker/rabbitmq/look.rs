@@ -69,6 +69,8 @@ impl RabbitMq {
             }
             Err(error) => first_error = Some(error.to_string()),
         }
+        first_error = first_error.map(|why| format!("queue {answers}: {why}"));
+        self.answers_trouble.looked(first_error.clone());
         // At the same time, because one that does not answer must not keep us from knowing how
         // full the others are.
         let looks = self.queues.to_look_at(self.clock.monotonic()).into_iter();

@@ -330,12 +330,13 @@ async fn answers_are_taken_and_broken_ones_do_not_hold_up_the_good() {
     // The store knows best about a subscription that this process does not know.
     let expected = [(1, "nobody"), (3, "points"), (4, "accounting")];
     assert_eq!(heard, expected.map(|(n, s)| (id(n), s.to_owned())).into());
-    let counts = AnswerCounts {
+    let counts = AnswerState {
+        trouble: String::new(),
         unreadable: 1,
         unknown: 1,
         foreign: 1,
     };
-    assert_eq!(scene.rabbit.dropped_answers(), counts);
+    assert_eq!(scene.rabbit.answers(), counts);
     eventually("the queue of answers is empty", async || {
         let channel = scene.channel().await;
         let queue = scene.rabbit.names.acknowledge();

@@ -1,4 +1,9 @@
 //! Consumes the subscription's queue and acks what is answered.
+//!
+//! What ends its process takes with it what was prefetched beside it, and RabbitMQ counts that
+//! against all of them: after five returns it drops them together. So every channel begins with a
+//! prefetch of one, and takes its whole prefetch once a message comes that has not come back
+//! before; and a channel that meets one that has lets go of its prefetch again.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -50,7 +55,10 @@ pub(super) struct Receive {
 
 /// Why a channel that is not lost is of no more use.
 enum End {
+    /// Nothing came for long.
     Quiet,
+    /// It met what came back unanswered, and everything on it is answered now.
+    Careful,
     Drained,
 }
 
@@ -88,7 +96,7 @@ impl Receive {
                 Err(trouble) => Err(trouble),
             };
             let trouble = match end {
-                Ok(End::Quiet) => continue,
+                Ok(End::Quiet | End::Careful) => continue,
                 Ok(End::Drained) => break,
                 Err(trouble) => trouble,
             };
@@ -126,7 +134,7 @@ impl Receive {
     }
 
     /// Receives until the channel is lost or long quiet, or until everything is answered after
-    /// `stop`.
+    /// `stop`, or after the meeting with one that came back.
     async fn pump(
         &mut self,
         channel: Channel,
@@ -138,20 +146,25 @@ impl Receive {
             tags: Vec::new(),
             granted: 0,
         };
+        let mut pace = Pace::OneByOne;
         let mut cancelled = false;
         let mut quiet = Instant::now() + QUIET;
         loop {
-            if !self.stop.is_cancelled() {
-                consuming
-                    .grant(self.credit(consuming.granted), self)
-                    .await?;
-                reachable.yes(self.door.address().shown());
-            } else if !cancelled {
+            if cancelled {
+                if consuming.streams.is_empty() && self.held.is_empty() {
+                    return Ok(match self.stop.is_cancelled() {
+                        true => End::Drained,
+                        false => End::Careful,
+                    });
+                }
+            } else if self.stop.is_cancelled() || pace == Pace::LettingGo {
                 cancelled = true;
                 consuming.cancel().await?;
-            }
-            if cancelled && consuming.streams.is_empty() && self.held.is_empty() {
-                return Ok(End::Drained);
+            } else {
+                consuming
+                    .grant(self.credit(consuming.granted, pace), self)
+                    .await?;
+                reachable.yes(self.door.address().shown());
             }
             tokio::select! {
                 biased;
@@ -159,7 +172,10 @@ impl Receive {
                 received = consuming.streams.next(), if !consuming.streams.is_empty() => {
                     quiet = Instant::now() + QUIET;
                     match received {
-                        Some(delivery) => self.pass_on(delivery?, &consuming.channel).await?,
+                        Some(delivery) => {
+                            let came_back = self.pass_on(delivery?, &consuming.channel).await?;
+                            pace = pace.after(came_back);
+                        }
                         None if cancelled => {}
                         None => return Err(Trouble::passing(
                             Kind::Cancelled,
@@ -185,29 +201,62 @@ impl Receive {
 
     /// What may be asked for beside what is granted already. What earlier channels delivered
     /// and is still in work takes part of the prefetch until all of it is answered.
-    fn credit(&self, granted: u32) -> u32 {
-        match (granted, self.held.lost()) {
+    fn credit(&self, granted: u32, pace: Pace) -> u32 {
+        let free = match (granted, self.held.lost()) {
             (0, lost) => self.order.prefetch.saturating_sub(lost),
             (granted, 0) => self.order.prefetch - granted,
             _ => 0,
+        };
+        match pace {
+            Pace::Whole => free,
+            Pace::OneByOne | Pace::LettingGo => free.min(1_u32.saturating_sub(granted)),
         }
     }
 
-    async fn pass_on(&mut self, delivery: Delivery, channel: &Channel) -> Result<(), Trouble> {
+    /// Says whether it had come back before; None if it could not be read.
+    async fn pass_on(
+        &mut self,
+        delivery: Delivery,
+        channel: &Channel,
+    ) -> Result<Option<bool>, Trouble> {
         let tag = delivery.delivery_tag;
         match wire::read(delivery, &self.order.subscription) {
             Ok(message) => {
+                let came_back = message.alone;
                 self.held.take(key_of(&message), tag);
                 // It fails only if the consumer is gone, which ends this task too.
                 let _ = self.deliveries.send(message).await;
-                Ok(())
+                Ok(Some(came_back))
             }
             Err(reason) => {
                 self.held.pass(tag);
                 self.unreadable.observe(&self.queue, &reason);
                 let away = BasicRejectOptions { requeue: false };
-                command("a reject", channel.basic_reject(tag, away)).await
+                command("a reject", channel.basic_reject(tag, away)).await?;
+                Ok(None)
             }
+        }
+    }
+}
+
+/// How much a channel asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pace {
+    /// One, and the next when it is answered.
+    OneByOne,
+    /// The whole prefetch.
+    Whole,
+    /// Nothing more: one is here that came back, and it is to be here alone.
+    LettingGo,
+}
+
+impl Pace {
+    /// After a message that had come back, or had not; None if it could not be read.
+    fn after(self, came_back: Option<bool>) -> Self {
+        match (self, came_back) {
+            (Self::OneByOne, Some(false)) => Self::Whole,
+            (Self::Whole, Some(true)) => Self::LettingGo,
+            (pace, _) => pace,
         }
     }
 }

@@ -6,8 +6,8 @@ use futures_util::StreamExt as _;
 use handfast_consumer::{RabbitMq, rabbitmq};
 use lapin::message::BasicGetMessage;
 use lapin::options::{
-    BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions,
-    QueueDeclareOptions, QueueDeleteOptions,
+    BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
+    ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
@@ -34,6 +34,19 @@ pub(crate) struct Rabbit {
     channel: Channel,
     seen: Arc<Seen>,
     connection: Connection,
+}
+
+/// Another consumer, which holds what it does not answer.
+pub(crate) struct Other {
+    connection: Connection,
+    /// What it took goes back when this closes.
+    _channel: Channel,
+}
+
+impl Other {
+    pub(crate) async fn vanish(self) {
+        self.connection.close(200, "OK".into()).await.unwrap();
+    }
 }
 
 struct Seen {
@@ -234,6 +247,42 @@ impl Rabbit {
             met,
             "messages and consumers: {found:?}, not {messages} and {consumers}"
         );
+    }
+
+    /// Somebody else takes so many messages and does not answer.
+    pub(crate) async fn hold(&self, count: usize) -> Other {
+        let connection = Connection::connect(&address(), ConnectionProperties::default())
+            .await
+            .unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        let mut consumer = channel
+            .basic_consume(
+                self.queue("accounting"),
+                "other".into(),
+                BasicConsumeOptions::default(),
+                FieldTable::default(),
+            )
+            .await
+            .unwrap();
+        for _ in 0..count {
+            consumer.next().await.unwrap().unwrap();
+        }
+        // So that what follows is not for it.
+        channel
+            .basic_cancel("other".into(), BasicCancelOptions::default())
+            .await
+            .unwrap();
+        Other {
+            connection,
+            _channel: channel,
+        }
+    }
+
+    /// The same, and then it is gone.
+    pub(crate) async fn hold_and_vanish(&self, count: usize) {
+        self.hold(count).await.vanish().await;
+        let count = u32::try_from(count).unwrap();
+        self.until_queue(count, 0).await;
     }
 
     /// Takes a message out of the subscription's queue.
