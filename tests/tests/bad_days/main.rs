@@ -8,6 +8,7 @@
 )]
 
 mod alarms;
+mod postgres_refuses;
 mod postgres_restarts;
 mod queues;
 mod rabbitmq_away;
