@@ -164,7 +164,8 @@ impl Config {
                 None => source.invalid(wrong),
             }
         })?;
-        let topology = topology::check(&file).map_err(|wrong| source.invalid(wrong))?;
+        let with_amqp = matches!(server.engines, Engines::Production { .. });
+        let topology = topology::check(&file, with_amqp).map_err(|wrong| source.invalid(wrong))?;
         Ok(Self { server, topology })
     }
 }

@@ -40,7 +40,7 @@ fn code(error: &Error) -> Code {
         | Error::UnknownSubscription(_)
         | Error::UnknownMessage(_)
         | Error::Refused(Refusal::NoSuchMessage(_)) => Code::NotFound,
-        Error::TopicNotAllowed { .. } => Code::PermissionDenied,
+        Error::TopicNotAllowed { .. } | Error::AnswersByAmqpOnly { .. } => Code::PermissionDenied,
         Error::NoSubscriber { .. }
         | Error::NoStatusEndpoint { .. }
         | Error::Refused(Refusal::WrongState { .. }) => Code::FailedPrecondition,
@@ -69,6 +69,10 @@ fn details(error: &Error) -> ErrorDetails {
         }
         Error::TopicNotAllowed { topic, .. } => {
             info(&mut details, "TOPIC_NOT_ALLOWED", [("topic", topic)]);
+        }
+        Error::AnswersByAmqpOnly { subscription } => {
+            let metadata = [("subscription", subscription)];
+            info(&mut details, "ANSWERS_BY_AMQP_ONLY", metadata);
         }
         Error::NoSubscriber { topic } => info(&mut details, "NO_SUBSCRIBER", [("topic", topic)]),
         Error::NoStatusEndpoint { producer } => {

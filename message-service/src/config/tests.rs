@@ -77,6 +77,17 @@ fn what_a_subscription_leaves_out_has_the_policy_of_the_design() {
 }
 
 #[test]
+fn who_answers_can_be_named_only_where_it_can_be_known() {
+    let guarded = format!("{SUBSCRIPTION}amqp_user = \"accounting\"\n");
+    let error = refused(&guarded);
+    assert!(error.contains("amqp_user needs [server] broker"), "{error}");
+    let servers = "[server]\nstore = \"postgres://h/d\"\nbroker = \"amqp://h\"\n";
+    let topology = parse(&format!("{guarded}{servers}")).unwrap().topology;
+    let user = &topology.unwrap().subscriptions["s"].amqp_user;
+    assert_eq!(user.as_deref(), Some("accounting"));
+}
+
+#[test]
 fn an_unknown_key_is_an_error_with_its_line() {
     for (text, line, key) in [
         (

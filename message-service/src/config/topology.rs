@@ -95,7 +95,9 @@ impl<'de> Deserialize<'de> for WrittenAttempts {
 }
 
 /// The topology of a file; `None` if it has none.
-pub(super) fn check(file: &File) -> Result<Option<Topology>, Wrong> {
+///
+/// `with_amqp` says whether consumers can prove who they are.
+pub(super) fn check(file: &File, with_amqp: bool) -> Result<Option<Topology>, Wrong> {
     let counts = [
         ("producer", file.producer.len()),
         ("topic", file.topic.len()),
@@ -128,7 +130,7 @@ pub(super) fn check(file: &File) -> Result<Option<Topology>, Wrong> {
     }
     let producers = producers(&file.producer)?;
     let topics = topics(&file.topic, &producers)?;
-    let subscriptions = subscriptions(&file.subscription, &topics)?;
+    let subscriptions = subscriptions(&file.subscription, &topics, with_amqp)?;
     Ok(Some(Topology {
         version,
         producers,
@@ -287,6 +289,7 @@ fn topics(
 fn subscriptions(
     tables: &[SubscriptionTable],
     topics: &BTreeMap<String, Topic>,
+    with_amqp: bool,
 ) -> Result<BTreeMap<String, Subscription>, Wrong> {
     let mut checked = BTreeMap::new();
     for (index, written) in tables.iter().enumerate() {
@@ -319,6 +322,11 @@ fn subscriptions(
         if let Some(user) = &written.amqp_user {
             limits::name("amqp_user", user)
                 .map_err(|invalid| table.wrong("amqp_user", invalid.reason))?;
+            if !with_amqp {
+                let what = "needs [server] broker = \"amqp://…\": the embedded broker does not \
+                            know who answers";
+                return Err(table.wrong("amqp_user", what));
+            }
         }
         let subscription = Subscription {
             topic: written.topic.clone(),

@@ -32,6 +32,12 @@ pub enum Error {
         /// Where.
         topic: String,
     },
+    /// Who answers for the subscription has to prove it, and only AMQP can.
+    #[error("subscription `{subscription}` has an amqp_user, so its answers count only over AMQP")]
+    AnswersByAmqpOnly {
+        /// Which subscription.
+        subscription: String,
+    },
     /// Nobody would ever receive it, and the topic does not say that this is fine.
     #[error("topic `{topic}` has no active subscription")]
     NoSubscriber {
@@ -90,6 +96,7 @@ impl Error {
             | Self::UnknownSubscription(_)
             | Self::UnknownMessage(_)
             | Self::TopicNotAllowed { .. }
+            | Self::AnswersByAmqpOnly { .. }
             | Self::NoSubscriber { .. }
             | Self::NoStatusEndpoint { .. }
             | Self::Refused(_)

@@ -42,6 +42,20 @@ pub(super) fn producer<'a>(topology: &'a Topology, name: &str) -> Result<&'a Pro
         .ok_or_else(|| Error::UnknownProducer(name.to_owned()))
 }
 
+/// Refuses answers to a subscription whose consumer has to prove who it is: a call proves nothing.
+pub(super) fn answers_by_call(topology: &Topology, subscription: &str) -> Result<(), Error> {
+    let guarded = topology
+        .subscriptions
+        .get(subscription)
+        .is_some_and(|subscription| subscription.amqp_user.is_some());
+    if guarded {
+        return Err(Error::AnswersByAmqpOnly {
+            subscription: subscription.to_owned(),
+        });
+    }
+    Ok(())
+}
+
 /// Refuses a message by where it is to go.
 pub(super) fn destination(
     topology: &Topology,
@@ -172,6 +186,19 @@ mod tests {
         assert!(matches!(
             asked(&topology, HandOver::Publish),
             Err(Error::TopicNotAllowed { .. })
+        ));
+    }
+
+    #[test]
+    fn a_subscription_with_an_amqp_user_is_answered_over_amqp_only() {
+        let mut topology = topology();
+        answers_by_call(&topology, "accounting").unwrap();
+        answers_by_call(&topology, "nobody").unwrap();
+        let accounting = topology.subscriptions.get_mut("accounting").unwrap();
+        accounting.amqp_user = Some("accounting".to_owned());
+        assert!(matches!(
+            answers_by_call(&topology, "accounting"),
+            Err(Error::AnswersByAmqpOnly { .. })
         ));
     }
 

@@ -79,6 +79,7 @@ impl Service {
             // No subscription can have this name, so no delivery of it can exist.
             return Ok(nothing_known(call.answers));
         }
+        refusal::answers_by_call(&self.topology.get(), &call.subscription)?;
         let permit = self.ending.admit(call.bytes)?;
         let service = Arc::clone(self);
         self.detached(async move {

@@ -1,11 +1,12 @@
 //! Each side alone, in front of messages that a test has written by hand.
 
-use handfast_proto::v1::{BrokerCounts, CountsRequest};
+use handfast_proto::v1::{AcknowledgeRequest, Answer, AnswerKind, BrokerCounts, CountsRequest};
 use handfast_tests::{Party, eventually};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tonic::Code;
 use uuid::Uuid;
 
 use crate::document::blocks;
@@ -151,4 +152,16 @@ async fn the_service_reads_the_documents_answers_and_counts_what_it_cannot_use()
     assert_eq!(counts.unreadable_answers, 6);
     assert_eq!(counts.unknown_answers, 2);
     assert_eq!(counts.foreign_answers, 3);
+    // Nor does a call prove who speaks for the guarded one.
+    let request = AcknowledgeRequest {
+        subscription: "guarded".to_owned(),
+        answers: vec![Answer {
+            message_id: Uuid::now_v7().as_bytes().to_vec(),
+            generation: 1,
+            kind: AnswerKind::Consumed.into(),
+            ..Answer::default()
+        }],
+    };
+    let refused = scene.world.deliveries().acknowledge(request).await;
+    assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
 }
