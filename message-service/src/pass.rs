@@ -14,6 +14,9 @@ use rand::{Rng as _, SeedableRng as _};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+/// The wait before a pass is started again that a defect has ended.
+const RESTART_AFTER: Duration = Duration::from_secs(1);
+
 /// When a pass runs again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -135,6 +138,23 @@ pub async fn run<Fut, E>(
     }
 }
 
+/// Runs a pass until `stop`, and again if a defect ended it: a service that serves and resends
+/// nothing more, or forgets nothing more, would look well.
+pub async fn kept<F>(
+    name: &'static str,
+    stop: CancellationToken,
+    pass: impl Fn(CancellationToken) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    while !stop.is_cancelled() {
+        if let Err(error) = tokio::spawn(pass(stop.clone())).await {
+            tracing::error!(pass = name, %error, "{name} ended and is started again: {error}");
+            pause(RESTART_AFTER, &stop).await;
+        }
+    }
+}
+
 async fn pause(wait: Duration, stop: &CancellationToken) {
     tokio::select! {
         () = stop.cancelled() => {}
@@ -196,6 +216,24 @@ mod tests {
         })
         .await;
         assert_eq!(runs.load(Ordering::SeqCst), 3);
+    }
+
+    #[tokio::test]
+    async fn a_pass_that_a_defect_ended_is_started_again() {
+        let stop = CancellationToken::new();
+        let runs = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&runs);
+        kept("test", stop, move |stop| {
+            let runs = Arc::clone(&counted);
+            async move {
+                match runs.fetch_add(1, Ordering::SeqCst) {
+                    0 => panic!("a defect"),
+                    _ => stop.cancel(),
+                }
+            }
+        })
+        .await;
+        assert_eq!(runs.load(Ordering::SeqCst), 2);
     }
 
     #[test]

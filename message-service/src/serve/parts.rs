@@ -14,6 +14,7 @@ use crate::broker::AnswerSink;
 use crate::checker::{self, Checker};
 use crate::clock::Clock;
 use crate::config::Server;
+use crate::pass;
 use crate::producer::grpc::{self, GrpcStatus};
 use crate::recovery::{self, Recovery};
 use crate::refresh::{self, Refresh};
@@ -130,14 +131,24 @@ impl Parts {
 
     /// Starts the passes.
     pub(super) fn start(&self) {
-        let stop = || self.stop.clone();
-        self.passes.spawn(Arc::clone(&self.checker).run(stop()));
-        self.passes.spawn(Arc::clone(&self.recovery).run(stop()));
-        self.passes.spawn(Arc::clone(&self.retention).run(stop()));
-        self.passes.spawn(Arc::clone(&self.refresh).run(stop()));
+        let (checker, recovery) = (Arc::clone(&self.checker), Arc::clone(&self.recovery));
+        let (retention, refresh) = (Arc::clone(&self.retention), Arc::clone(&self.refresh));
+        self.keep("checker", move |stop| Arc::clone(&checker).run(stop));
+        self.keep("recovery", move |stop| Arc::clone(&recovery).run(stop));
+        self.keep("retention", move |stop| Arc::clone(&retention).run(stop));
+        self.keep("refresh", move |stop| Arc::clone(&refresh).run(stop));
         self.passes.close();
         let sink: Arc<dyn AnswerSink> = Arc::clone(&self.service) as _;
         self.carrier.start(sink);
+    }
+
+    /// Keeps a pass running until the stop.
+    fn keep<F>(&self, name: &'static str, pass: impl Fn(CancellationToken) -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let stop = self.stop.clone();
+        self.passes.spawn(pass::kept(name, stop, pass));
     }
 }
 

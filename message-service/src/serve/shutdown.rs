@@ -17,6 +17,8 @@ use super::{Error, Running, SERVICES};
 
 /// Which part of the deadline consumers get to answer what they hold.
 const ANSWERS_SHARE: u32 = 5;
+/// Which part of the deadline is kept for the calls that are in flight at the end.
+const CALLS_SHARE: u32 = 5;
 /// How long the store may take to finish what is queued. It is counted extra, so that a call
 /// that was cut off does not take its neighbours' writes along.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
@@ -47,7 +49,8 @@ impl Running {
         self.parts.stop.cancel();
         let answers_within = self.shutdown_deadline / ANSWERS_SHARE;
         let carrier = self.parts.carrier.shutdown(answers_within);
-        if timeout_at(deadline, carrier).await.is_err() {
+        let calls_within = self.shutdown_deadline / CALLS_SHARE;
+        if timeout_at(deadline - calls_within, carrier).await.is_err() {
             tracing::warn!("the deadline came before everything on its way had arrived");
         }
         self.no_more_calls.cancel();
