@@ -135,6 +135,12 @@ impl Recovery {
         let mut report = Report::default();
         let mut first_error = None;
         for (name, subscription) in &topology.subscriptions {
+            // Age has nothing to do with silence: an error of the one is no ground to distrust
+            // the other.
+            match self.expire(name).await {
+                Ok(expired) => report.expired += expired,
+                Err(error) => drop(first_error.get_or_insert(error)),
+            }
             if let Err(error) = self.look_at(name, &subscription.topic, &mut report).await {
                 self.lock().trouble_at = self.clock.monotonic();
                 first_error.get_or_insert(error);
@@ -149,7 +155,6 @@ impl Recovery {
         topic: &str,
         report: &mut Report,
     ) -> Result<(), store::Error> {
-        report.expired += self.expire(name).await?;
         if !self.may_resend(name) {
             return Ok(());
         }

@@ -141,25 +141,23 @@ impl Retention {
     pub async fn run_once(&self) -> Result<Report, store::Error> {
         self.store.open_buckets(self.settings.bucket_span).await?;
         let mut report = Report::default();
-        if !self.may_prune() {
-            return Ok(report);
-        }
-        report.pruned = true;
-        loop {
-            let slice = self.store.retire(self.settings.keep).await?;
+        // The clock may jump between two slices as well as between two passes.
+        while let Some(now) = self.believed() {
+            report.pruned = true;
+            let slice = self.store.retire(now.before(self.settings.keep)).await?;
             report.messages += slice.messages;
             report.moved += slice.moved;
             report.buckets += slice.buckets;
-            // A slice that says "more" and did nothing would say it for ever.
-            let idle = slice.messages == 0 && slice.moved == 0 && slice.buckets == 0;
-            if !slice.more || idle {
-                return Ok(report);
+            if !slice.more {
+                break;
             }
             tokio::task::yield_now().await;
         }
+        Ok(report)
     }
 
-    fn may_prune(&self) -> bool {
+    /// The store's time, if there is ground to believe it.
+    fn believed(&self) -> Option<Timestamp> {
         let now = Reading {
             store: self.store.now(),
             monotonic: self.clock.monotonic(),
@@ -177,7 +175,7 @@ impl Retention {
                 micros / 1_000
             );
         }
-        judgement == Judgement::Prune
+        (judgement == Judgement::Prune).then_some(now.store)
     }
 }
 

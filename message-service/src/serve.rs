@@ -219,14 +219,13 @@ fn connections(
 struct Applying {
     /// The one in force now.
     in_force: Topology,
-    /// Subscriptions that were in force before and are not any more.
+    /// Subscriptions that were in force once and are not any more: their queues may be left.
     removed: Vec<String>,
 }
 
 /// Puts the file's topology in force, if it has one and it is not older, and reads the one
 /// that is.
 async fn apply(store: &dyn Store, topology: Option<Topology>) -> Result<Applying, store::Error> {
-    let before = store.topology().await?.subscriptions.into_keys();
     if let Some(topology) = topology {
         let version = topology.version;
         match store.apply_topology(topology).await? {
@@ -247,9 +246,8 @@ async fn apply(store: &dyn Store, topology: Option<Topology>) -> Result<Applying
              [[subscription]] to the configuration file"
         );
     }
-    let still = |name: &String| in_force.subscriptions.contains_key(name);
     Ok(Applying {
-        removed: before.filter(|name| !still(name)).collect(),
+        removed: store.removed_subscriptions().await?,
         in_force,
     })
 }

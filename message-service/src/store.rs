@@ -69,8 +69,8 @@ pub enum Error {
     },
     /// The topology would strand messages.
     #[error(
-        "producer `{producer}` has {prepared} PREPARED messages and cannot be removed; \
-         keep it in the topology until they are decided"
+        "producer `{producer}` has {prepared} PREPARED messages; keep it and its status_endpoint \
+         in the topology until they are decided"
     )]
     ProducerHasPrepared {
         /// Who.
@@ -550,6 +550,9 @@ pub trait Store: Send + Sync + 'static {
     /// The topology in force: only what is active. Version 0 and empty before the first.
     async fn topology(&self) -> Result<Topology, Error>;
 
+    /// The names of subscriptions that were removed and not added again.
+    async fn removed_subscriptions(&self) -> Result<Vec<String>, Error>;
+
     /// Keeps messages, PREPARED. The first check is due `check_after` later. A repeat with the
     /// same content is OK while the message is PREPARED. A PREPARED holder of a contested key
     /// is due to be checked at once.
@@ -661,8 +664,9 @@ pub trait Store: Send + Sync + 'static {
     /// Sees to it that body buckets exist two ahead of now, each open for `span`.
     async fn open_buckets(&self, span: Duration) -> Result<(), Error>;
 
-    /// Removes one slice (at most 500 rows) of what was finished longer ago than `keep`.
-    async fn retire(&self, keep: Duration) -> Result<Retired, Error>;
+    /// Removes one slice (at most 500 rows) of what was finished before `cutoff`. The caller says
+    /// when that was, because only who compares clocks knows which to believe.
+    async fn retire(&self, cutoff: Timestamp) -> Result<Retired, Error>;
 
     /// How many bytes the store takes on disk that hold something.
     async fn used_bytes(&self) -> Result<u64, Error>;

@@ -61,6 +61,23 @@ impl Topology {
             .any(|subscription| subscription.topic == topic)
     }
 
+    /// Producers of an `older` topology whom nobody could ask any more: they are gone, or their
+    /// status endpoint is.
+    pub fn unasked_producers<'a>(&'a self, older: &'a Self) -> impl Iterator<Item = &'a str> {
+        let asked = |name: &str| {
+            let producer = self.producers.get(name);
+            producer.is_some_and(|producer| producer.status_endpoint.is_some())
+        };
+        let gone = |name: &str| !self.producers.contains_key(name);
+        older
+            .producers
+            .iter()
+            .filter(move |(name, producer)| {
+                gone(name) || (producer.status_endpoint.is_some() && !asked(name))
+            })
+            .map(|(name, _)| name.as_str())
+    }
+
     /// The policy of a subscription.
     pub fn policy(&self, subscription: &str) -> Option<&DeliveryPolicy> {
         self.subscriptions

@@ -262,6 +262,7 @@ macro_rules! passed_on {
 passed_on! {
     fn apply_topology(topology: Topology) -> Applied;
     fn topology() -> Topology;
+    fn removed_subscriptions() -> Vec<String>;
     fn prepare(messages: Vec<NewMessage>, check_after: Duration) -> Written;
     fn publish(messages: Vec<NewMessage>) -> Written;
     fn decide(producer: &str, decisions: Vec<Decision>) -> Written;
@@ -290,7 +291,7 @@ passed_on! {
     ) -> usize;
     fn expire(subscription: &str, limit: usize) -> usize;
     fn open_buckets(span: Duration) -> ();
-    fn retire(keep: Duration) -> Retired;
+    fn retire(cutoff: Timestamp) -> Retired;
     fn used_bytes() -> u64;
     fn counts() -> Counts;
     fn show(id: MessageId, with_body: bool) -> Option<Shown>;

@@ -195,7 +195,8 @@ impl RabbitMq {
     /// RabbitMQ that does not answer within `at_most` is no reason to refuse: what can be kept
     /// is kept, and all of this is done when it is there.
     ///
-    /// `removed` are subscriptions that were removed since the last start.
+    /// `removed` are subscriptions that were removed, at whatever time: a start that was cut off
+    /// leaves their queues.
     pub async fn connect(
         self: &Arc<Self>,
         removed: &[String],

@@ -110,6 +110,7 @@ claims! {
     topologies::a_removed_subscription_skips_what_is_open
     topologies::a_subscription_gets_what_is_confirmed_after_it_became_active
     topologies::a_producer_with_prepared_messages_is_not_removed
+    topologies::a_producer_with_prepared_messages_keeps_its_status_endpoint
     whole::what_was_finished_long_ago_is_removed_and_the_rest_is_carried_on
     whole::a_shorter_span_of_buckets_matters_at_once
     whole::a_row_in_an_unknown_state_is_left_alone_and_counted

@@ -55,7 +55,10 @@ use crate::topology::Topology;
 /// The store on PostgreSQL. See [`PostgresStore::open`].
 pub struct PostgresStore {
     lanes: Lanes,
+    /// For calls of producers and for passes.
     readers: Readers,
+    /// For people: what they look at may be large, and nobody else is to wait for it.
+    people: Readers,
     clock: Arc<StoreClock>,
     identity: Uuid,
     options: Arc<PgConnectOptions>,
@@ -107,6 +110,14 @@ impl Store for PostgresStore {
         self.readers
             .read("read the topology", |db| {
                 Box::pin(db.with(|db| Box::pin(topology::load(db))))
+            })
+            .await
+    }
+
+    async fn removed_subscriptions(&self) -> Result<Vec<String>, Error> {
+        self.readers
+            .read("read removed subscriptions", |db| {
+                Box::pin(topology::removed_subscriptions(db))
             })
             .await
     }
@@ -270,8 +281,8 @@ impl Store for PostgresStore {
         Ok(())
     }
 
-    async fn retire(&self, keep: Duration) -> Result<Retired, Error> {
-        self.lanes.retire.call(Wanted::Slice(keep)).await
+    async fn retire(&self, cutoff: Timestamp) -> Result<Retired, Error> {
+        self.lanes.retire.call(Wanted::Slice(cutoff)).await
     }
 
     async fn used_bytes(&self) -> Result<u64, Error> {
@@ -283,13 +294,13 @@ impl Store for PostgresStore {
     }
 
     async fn counts(&self) -> Result<Counts, Error> {
-        self.readers
+        self.people
             .read("count messages", |db| Box::pin(console::counts(db)))
             .await
     }
 
     async fn show(&self, id: MessageId, with_body: bool) -> Result<Option<Shown>, Error> {
-        self.readers
+        self.people
             .read("read a message", move |db| {
                 Box::pin(console::show(db, id, with_body))
             })
@@ -302,7 +313,7 @@ impl Store for PostgresStore {
         after: Option<MessageId>,
         limit: usize,
     ) -> Result<Vec<MessageView>, Error> {
-        self.readers
+        self.people
             .read("list messages", move |db| {
                 Box::pin(console::list_messages(db, filter, after, limit))
             })
@@ -317,7 +328,7 @@ impl Store for PostgresStore {
         limit: usize,
     ) -> Result<Vec<DeliveryView>, Error> {
         let wanted = Arc::new((subscription.map(str::to_owned), after));
-        self.readers
+        self.people
             .read("list deliveries", move |db| {
                 let wanted = Arc::clone(&wanted);
                 Box::pin(async move {
@@ -345,7 +356,7 @@ impl Store for PostgresStore {
             lanes.recover.close(),
             lanes.retire.close(),
         );
-        self.readers.close().await;
+        tokio::join!(self.readers.close(), self.people.close());
         self.watch.abort();
     }
 }

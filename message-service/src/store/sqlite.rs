@@ -82,6 +82,14 @@ impl Store for SqliteStore {
             .await
     }
 
+    async fn removed_subscriptions(&self) -> Result<Vec<String>, Error> {
+        self.readers
+            .read("read removed subscriptions", |db| {
+                Box::pin(topology::removed_subscriptions(db))
+            })
+            .await
+    }
+
     async fn prepare(
         &self,
         messages: Vec<NewMessage>,
@@ -319,8 +327,8 @@ impl Store for SqliteStore {
         write!(self, Retire, 1, bodies::open_ahead, span)
     }
 
-    async fn retire(&self, keep: Duration) -> Result<Retired, Error> {
-        write!(self, Retire, writer::SLICE_ROWS, retire::slice, keep)
+    async fn retire(&self, cutoff: Timestamp) -> Result<Retired, Error> {
+        write!(self, Retire, writer::SLICE_ROWS, retire::slice, cutoff)
     }
 
     async fn used_bytes(&self) -> Result<u64, Error> {

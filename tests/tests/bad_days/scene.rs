@@ -100,6 +100,11 @@ impl Scene {
     /// The same with a service that reaches RabbitMQ as the closure says.
     pub(crate) async fn start_as(prepare: impl FnOnce(&RabbitMq) -> Option<String>) -> Self {
         let config = Config::empty()
+            // A publisher confirm that somebody waited for in vain would take longer than
+            // [`NOT_DELAYED_US`], so that it shows.
+            .server("publisher_confirm_ms", 6_000)
+            .server("lease_ms", 8_000)
+            .server("resend_after_ms", 10_000)
             // Nobody answers there, so nothing is decided by a check.
             .producer(SOURCE, "127.0.0.1:1")
             .topic(TOPIC)

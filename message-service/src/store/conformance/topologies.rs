@@ -52,6 +52,7 @@ pub(crate) async fn a_removed_subscription_skips_what_is_open(harness: &impl Har
     without.version = 2;
     without.subscriptions.remove("accounting");
     store.apply_topology(without).await.unwrap();
+    assert_eq!(store.removed_subscriptions().await.unwrap(), ["accounting"]);
     assert!(claim(&*store, "accounting", 10).await.is_empty());
     assert_eq!(claim(&*store, "points", 10).await.len(), 2);
     for n in [1, 2] {
@@ -120,4 +121,32 @@ pub(crate) async fn a_producer_with_prepared_messages_is_not_removed(harness: &i
         store.apply_topology(without).await.unwrap(),
         Applied::Changed
     );
+}
+
+pub(crate) async fn a_producer_with_prepared_messages_keeps_its_status_endpoint(
+    harness: &impl Harness,
+) {
+    let store = ready(harness).await;
+    let endpoint = |version, endpoint: Option<&str>| {
+        let mut topology = topology();
+        topology.version = version;
+        let payment = topology.producers.get_mut("payment").unwrap();
+        payment.status_endpoint = endpoint.map(str::to_owned);
+        topology
+    };
+    let here = endpoint(2, Some("http://127.0.0.1:7411"));
+    store.apply_topology(here.clone()).await.unwrap();
+    prepare(&*store, vec![message(1)]).await;
+    let error = store.apply_topology(endpoint(3, None)).await.unwrap_err();
+    assert!(
+        matches!(error, Error::ProducerHasPrepared { prepared: 1, .. }),
+        "{error}"
+    );
+    assert_eq!(store.topology().await.unwrap(), here);
+    let elsewhere = endpoint(3, Some("http://127.0.0.1:7511"));
+    let moved = store.apply_topology(elsewhere).await.unwrap();
+    assert_eq!(moved, Applied::Changed);
+    decide(&*store, 1, MessageEvent::Cancel).await.unwrap();
+    let applied = store.apply_topology(endpoint(4, None)).await.unwrap();
+    assert_eq!(applied, Applied::Changed);
 }

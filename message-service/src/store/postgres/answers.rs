@@ -348,6 +348,9 @@ impl Recover {
         {
             return Ok(Ok(0));
         }
+        // Whatever comes of it, it is not asked again at once: with much open it takes long.
+        let until = (self.clock.now().after(LOOK_AT_LEAST_EVERY), max_age);
+        self.nothing_before.insert(subscription.to_owned(), until);
         let (ids, oldest_in) = too_old(db, subscription, max_age, limit).await?;
         if ids.is_empty() {
             // Without an open delivery, the next one is too old `max_age` from now at the soonest.
@@ -356,6 +359,7 @@ impl Recover {
             self.nothing_before.insert(subscription.to_owned(), until);
             return Ok(Ok(0));
         }
+        self.nothing_before.remove(subscription);
         let happenings = ids
             .into_iter()
             .map(|id| Happening {
@@ -375,6 +379,11 @@ impl Recover {
 /// How long nothing is looked up at most, in case the clock is set back.
 const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
 
+/// Deliveries of each kind that are looked at. There is no index on the time of the confirm. Of
+/// what waits, the oldest due were confirmed first, unless they failed before; those are looked at
+/// when they are due, or SENT.
+const LOOKED_AT: u32 = 20_000;
+
 /// The oldest deliveries that are too old, or else how long until the oldest is.
 async fn too_old(
     db: &mut Session,
@@ -382,20 +391,27 @@ async fn too_old(
     max_age: Duration,
     limit: usize,
 ) -> Result<(Vec<MessageId>, Option<Duration>), sqlx::Error> {
+    let waits = "SELECT message_id, confirmed_at FROM delivery
+                  WHERE subscription = $1 AND state = 'PENDING'";
+    let first = format!("ORDER BY due_at LIMIT {LOOKED_AT}");
     let rows = db
         .fetch(
-            "-- too old
-             WITH t AS MATERIALIZED (SELECT clock_timestamp() - $2 AS cutoff)
-             SELECT d.message_id, d.confirmed_at, t.cutoff FROM t, (
-                 SELECT message_id, confirmed_at FROM delivery
-                  WHERE subscription = $1 AND state = 'PENDING' AND stream_ends = 0
-                 UNION ALL
-                 SELECT message_id, confirmed_at FROM delivery
-                  WHERE subscription = $1 AND state = 'PENDING' AND stream_ends > 0
-                 UNION ALL
-                 SELECT message_id, confirmed_at FROM delivery
-                  WHERE subscription = $1 AND state = 'SENT'
-             ) AS d ORDER BY d.confirmed_at LIMIT $3",
+            &format!(
+                "-- too old
+                 WITH t AS MATERIALIZED (SELECT clock_timestamp() - $2 AS cutoff)
+                 SELECT d.message_id, d.confirmed_at, t.cutoff FROM t, (
+                     ({waits} AND stream_ends = 0 AND (token IS NOT NULL)::int = 0 {first})
+                     UNION ALL
+                     ({waits} AND stream_ends = 0 AND (token IS NOT NULL)::int = 1 {first})
+                     UNION ALL
+                     ({waits} AND stream_ends > 0 AND (token IS NOT NULL)::int = 0 {first})
+                     UNION ALL
+                     ({waits} AND stream_ends > 0 AND (token IS NOT NULL)::int = 1 {first})
+                     UNION ALL
+                     (SELECT message_id, confirmed_at FROM delivery
+                       WHERE subscription = $1 AND state = 'SENT' {first})
+                 ) AS d ORDER BY d.confirmed_at LIMIT $3"
+            ),
             |query| {
                 query
                     .bind(subscription)

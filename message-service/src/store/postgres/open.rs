@@ -22,7 +22,7 @@ use super::lanes::Lane;
 use super::messages::{Prepare, Publish};
 use super::readers::Readers;
 use super::retire::Retire;
-use super::session::{Repeats, Session, Use, connect};
+use super::session::{Repeats, Session, Trouble, Use, connect, trouble};
 use super::time::StoreClock;
 use super::topology::Apply;
 use super::{Lanes, PostgresStore};
@@ -34,10 +34,14 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const FIRST_BUCKET_SPAN: Duration = Duration::from_secs(24 * 3600);
 /// The oldest server whose SQL this store speaks, as the server counts.
 const OLDEST_VERSION: i32 = 140_000;
+/// How often the first buckets are tried to be made; each try waits 200 ms for a lock.
+const TRIES: u32 = 50;
 /// How often the estimate of the database's clock is corrected.
 const CLOCK_EVERY: Duration = Duration::from_secs(5);
 /// Connections that read, unless told otherwise.
 const READERS: usize = 4;
+/// Connections that read for people, beside those.
+const PEOPLE: usize = 2;
 
 /// Which database, and how many connections may read from it. Shown without its password.
 #[derive(Clone)]
@@ -48,8 +52,8 @@ pub struct Address {
 }
 
 impl Address {
-    /// With this many connections that read at a time, at least one. Each kind of write has one
-    /// more, opened when first used.
+    /// With this many connections that read at a time, at least one, and at most two more that
+    /// read for people. Each kind of write has one more. All are opened when first used.
     #[must_use]
     pub fn readers(mut self, readers: usize) -> Self {
         self.readers = readers.max(1);
@@ -188,9 +192,14 @@ impl PostgresStore {
         drop(timeout(CONNECT_TIMEOUT, db.close()).await);
         let store = Self::start(&address, clock, seed, identity);
         let mut session = store.session(Use::Retire);
-        bodies::open_ahead(&mut session, FIRST_BUCKET_SPAN)
-            .await
-            .map_err(database)?;
+        let mut tries = 1;
+        // Another process may be making the same ones at this moment.
+        while let Err(error) = bodies::open_ahead(&mut session, FIRST_BUCKET_SPAN).await {
+            if trouble(&error) != Trouble::Locked || tries >= TRIES {
+                return Err(database(error));
+            }
+            tries += 1;
+        }
         store.clock.refresh(&mut session).await.map_err(database)?;
         session.close().await;
         Ok(store)
@@ -219,11 +228,14 @@ impl PostgresStore {
             recover: Lane::start(Recover::new(rng(), Arc::clone(&clock)), session(write)),
             retire: Lane::start(Retire::default(), session(Use::Retire)),
         };
-        let readers = Readers::new(Arc::clone(&options), address.readers, Arc::clone(&repeats));
+        let readers = |number| Readers::new(Arc::clone(&options), number, Arc::clone(&repeats));
+        let people = readers(address.readers.min(PEOPLE));
+        let readers = readers(address.readers);
         let watch = tokio::spawn(watch(Arc::clone(&clock), session(Use::Read)));
         Self {
             lanes,
             readers,
+            people,
             clock,
             identity,
             options,

@@ -17,20 +17,24 @@ use super::bodies;
 use super::lanes::{Replies, Work};
 use super::rows::get;
 use super::session::{Session, Trouble, trouble};
-use super::time::span;
+use super::time::At;
 use super::topology;
+use crate::message::Timestamp;
 use crate::store::kind::Kind;
 use crate::store::{Error, Retired};
 
 /// Messages of one slice; each has a handful of rows.
 const SLICE_MESSAGES: i64 = 100;
+/// How many looks one slice takes at most that find nothing to do: after a restart, a bucket is
+/// walked through from its beginning, past all that was removed before.
+const STEPS_OVER_NOTHING: usize = 50;
 
 /// What retention wants.
 pub(super) enum Wanted {
     /// Buckets ahead of use, each open for this long.
     Buckets(Duration),
-    /// A slice of what was finished longer ago than this to go.
-    Slice(Duration),
+    /// A slice of what was finished before this to go.
+    Slice(Timestamp),
 }
 
 /// The lane of retention.
@@ -68,7 +72,7 @@ impl Work for Retire {
                         .await
                         .map(|()| Retired::default())
                 }
-                Wanted::Slice(keep) => self.slice(db, *keep).await,
+                Wanted::Slice(cutoff) => self.slice(db, *cutoff).await,
             };
             replies.push(match retired {
                 // Somebody reads a table that is to change, or makes the change: next time.
@@ -91,9 +95,9 @@ fn is_in_use(error: &sqlx::Error) -> bool {
 }
 
 impl Retire {
-    async fn slice(&mut self, db: &mut Session, keep: Duration) -> Result<Retired, sqlx::Error> {
+    async fn slice(&mut self, db: &mut Session, cutoff: Timestamp) -> Result<Retired, sqlx::Error> {
         let mut retired = Retired::default();
-        let Some(bucket) = oldest_due(db, keep).await? else {
+        let Some(bucket) = oldest_due(db, cutoff).await? else {
             return Ok(retired);
         };
         let after = match self.walked {
@@ -105,8 +109,15 @@ impl Retire {
             }
         };
         let current = bodies::current(db).await?;
-        let slice = look(db, bucket, after, keep).await?;
-        retired.messages = remove(db, bucket, &slice.finished, keep).await?;
+        let mut slice = look(db, bucket, after, cutoff).await?;
+        for _ in 0..STEPS_OVER_NOTHING {
+            let Some(last) = slice.last.filter(|_| slice.is_idle()) else {
+                break;
+            };
+            self.walked = Some((bucket, last));
+            slice = look(db, bucket, last, cutoff).await?;
+        }
+        retired.messages = remove(db, bucket, &slice.finished, cutoff).await?;
         retired.moved = carry(db, bucket, current, &slice.unfinished).await?;
         let wanted = slice.finished.len() + slice.unfinished.len();
         let done = retired.messages + retired.moved;
@@ -129,17 +140,17 @@ impl Retire {
 }
 
 /// The oldest bucket whose successor had opened at the cutoff.
-async fn oldest_due(db: &mut Session, keep: Duration) -> Result<Option<i64>, sqlx::Error> {
+async fn oldest_due(db: &mut Session, cutoff: Timestamp) -> Result<Option<i64>, sqlx::Error> {
     let rows = db
         .fetch(
             "-- the oldest bucket that is due
              SELECT b.number FROM body_bucket b
                JOIN body_bucket next ON next.number = b.number + 1
-              WHERE next.opens_at <= clock_timestamp() - $1
+              WHERE next.opens_at <= $1
                 AND b.number < (SELECT max(number) FROM body_bucket
                                  WHERE opens_at <= clock_timestamp())
               ORDER BY b.number LIMIT 1",
-            |query| query.bind(span(keep)),
+            |query| query.bind(At(cutoff)),
         )
         .await?;
     rows.first().map(|row| get(row, "number")).transpose()
@@ -169,16 +180,23 @@ struct Slice {
     last: Option<Uuid>,
 }
 
+impl Slice {
+    /// Everything in it was removed or carried before.
+    fn is_idle(&self) -> bool {
+        self.finished.is_empty() && self.unfinished.is_empty()
+    }
+}
+
 async fn look(
     db: &mut Session,
     bucket: i64,
     after: Uuid,
-    keep: Duration,
+    cutoff: Timestamp,
 ) -> Result<Slice, sqlx::Error> {
     let sql = format!(
         "-- a slice of a bucket
          WITH t AS MATERIALIZED (
-             SELECT clock_timestamp() - $2 AS cutoff
+             SELECT $2::timestamptz AS cutoff
          ), bodies AS MATERIALIZED (
              SELECT message_id FROM body_{bucket} WHERE message_id > $1
               ORDER BY message_id LIMIT {SLICE_MESSAGES}
@@ -188,7 +206,7 @@ async fn look(
           ORDER BY b.message_id"
     );
     let rows = db
-        .fetch(&sql, |query| query.bind(after).bind(span(keep)))
+        .fetch(&sql, |query| query.bind(after).bind(At(cutoff)))
         .await?;
     let mut slice = Slice::default();
     for row in &rows {
@@ -221,7 +239,7 @@ async fn remove(
     db: &mut Session,
     bucket: i64,
     ids: &[Uuid],
-    keep: Duration,
+    cutoff: Timestamp,
 ) -> Result<u64, sqlx::Error> {
     if ids.is_empty() {
         return Ok(0);
@@ -229,7 +247,7 @@ async fn remove(
     let sql = format!(
         "-- remove messages
          WITH t AS MATERIALIZED (
-             SELECT clock_timestamp() - $2 AS cutoff
+             SELECT $2::timestamptz AS cutoff
          ), locked AS MATERIALIZED (
              SELECT m.id FROM message m
               WHERE m.id = ANY($1) AND m.bucket = $3
@@ -250,7 +268,7 @@ async fn remove(
          RETURNING m.id"
     );
     let rows = db
-        .fetch(&sql, |query| query.bind(ids).bind(span(keep)).bind(bucket))
+        .fetch(&sql, |query| query.bind(ids).bind(At(cutoff)).bind(bucket))
         .await?;
     Ok(rows.len() as u64)
 }

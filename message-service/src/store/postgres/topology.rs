@@ -1,7 +1,7 @@
 //! The topology in the store.
 //!
-//! It is applied in one transaction, the only one of more than one statement: it locks only rows
-//! of its own tables, which nobody else locks. What a removed subscription leaves open is skipped
+//! It is applied in one transaction over rows of its own tables, which nobody else locks but the
+//! pass that settles what was removed. What a removed subscription leaves open is skipped
 //! behind it, in batches, and again by later passes: a confirm that began before may still add to
 //! it.
 
@@ -20,8 +20,9 @@ use crate::store::kind::Kind;
 use crate::store::{Applied, Error, policy};
 use crate::topology::{Producer, Subscription, Topic, Topology};
 
-/// How often applying is begun again after a deadlock.
-const TRIES: u32 = 3;
+/// How often applying is begun again after a deadlock, or after it has waited a second for another
+/// process that applies.
+const TRIES: u32 = 15;
 /// Deliveries that one statement skips.
 const SKIP_ROWS: usize = 500;
 /// Longer than a statement can take: a confirm that began before a change is over by then.
@@ -72,7 +73,12 @@ async fn apply_repeatedly(
             .with(|db| Box::pin(async move { apply(db, &topology).await }))
             .await;
         match result {
-            Err(error) if trouble(&error) == Trouble::Repeat && tries < TRIES => tries += 1,
+            Err(error)
+                if matches!(trouble(&error), Trouble::Repeat | Trouble::Locked)
+                    && tries < TRIES =>
+            {
+                tries += 1;
+            }
             result => return result,
         }
     }
@@ -157,11 +163,7 @@ async fn remove_producers(
     new: &Topology,
     old: &Topology,
 ) -> Result<Option<Error>, sqlx::Error> {
-    for name in old
-        .producers
-        .keys()
-        .filter(|name| !new.producers.contains_key(*name))
-    {
+    for name in new.unasked_producers(old) {
         let prepared: i64 = sqlx::query_scalar(
             "-- undecided of a producer
              SELECT count(*) FROM message WHERE producer = $1 AND state = 'PREPARED'",
@@ -171,14 +173,18 @@ async fn remove_producers(
         .await?;
         if prepared > 0 {
             return Ok(Some(Error::ProducerHasPrepared {
-                producer: name.clone(),
+                producer: name.to_owned(),
                 prepared: prepared.unsigned_abs(),
             }));
         }
-        sqlx::query("-- deactivate a producer\nUPDATE producer SET active = false WHERE name = $1")
+        if !new.producers.contains_key(name) {
+            sqlx::query(
+                "-- deactivate a producer\nUPDATE producer SET active = false WHERE name = $1",
+            )
             .bind(name)
             .execute(&mut *tx)
             .await?;
+        }
     }
     Ok(None)
 }
@@ -278,12 +284,9 @@ pub(super) async fn skip_leftovers(db: &mut Session) -> Result<(), sqlx::Error> 
         let name: &str = get(row, "name")?;
         while skip_some(db, name).await? >= SKIP_ROWS {}
         if get(row, "settles")? {
-            db.fetch(
-                "-- settle a subscription
-                 UPDATE subscription SET settled = true
-                  WHERE name = $1 AND changed_at < clock_timestamp() - $2::interval",
-                |query| query.bind(name).bind(span(SETTLED_AFTER)),
-            )
+            db.fetch(SETTLE, |query| {
+                query.bind(name).bind(1_i64).bind(span(SETTLED_AFTER))
+            })
             .await?;
         }
     }
@@ -297,7 +300,10 @@ async fn skip_some(db: &mut Session, subscription: &str) -> Result<usize, sqlx::
     Ok(rows.len())
 }
 
-const SKIP: &str = "-- skip deliveries
+/// Begins a statement: `open` are deliveries of an earlier life of subscription `$1`, at most `$2`.
+macro_rules! leftovers {
+    () => {
+        "
     WITH s AS MATERIALIZED (
         SELECT name, topic, active, changed_at,
                'its subscription was removed by topology version '
@@ -321,7 +327,24 @@ const SKIP: &str = "-- skip deliveries
             OR EXISTS (SELECT FROM message m
                         WHERE m.id = d.message_id AND m.topic <> s.topic)
          LIMIT $2
-    ), locked AS MATERIALIZED (
+    )"
+    };
+}
+
+/// What another process has locked is open still, so nothing is settled over it.
+const SETTLE: &str = concat!(
+    "-- settle a subscription",
+    leftovers!(),
+    "
+    UPDATE subscription SET settled = true
+     WHERE name = $1 AND changed_at < clock_timestamp() - $3::interval
+       AND NOT EXISTS (SELECT FROM open)"
+);
+
+const SKIP: &str = concat!(
+    "-- skip deliveries",
+    leftovers!(),
+    ", locked AS MATERIALIZED (
         SELECT d.message_id FROM open o
           JOIN delivery d ON d.message_id = o.message_id AND d.subscription = $1
          WHERE d.state IN ('PENDING', 'SENT', 'DEAD')
@@ -336,7 +359,20 @@ const SKIP: &str = "-- skip deliveries
         INSERT INTO message_event (message_id, subscription, at, kind, detail)
         SELECT message_id, $1, answered_at, 'skipped', last_error FROM skipped
     )
-    SELECT message_id FROM skipped";
+    SELECT message_id FROM skipped"
+);
+
+/// The names of all that were removed.
+pub(super) async fn removed_subscriptions(db: &mut Session) -> Result<Vec<String>, sqlx::Error> {
+    let rows = db
+        .fetch(
+            "-- removed subscriptions
+             SELECT name FROM subscription WHERE NOT active ORDER BY name",
+            |query| query,
+        )
+        .await?;
+    rows.iter().map(|row| get(row, "name")).collect()
+}
 
 /// Reads what is active.
 pub(super) async fn load(db: &mut PgConnection) -> Result<Topology, sqlx::Error> {

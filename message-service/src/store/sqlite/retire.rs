@@ -4,8 +4,6 @@
 //! are kept. Of its messages, what is finished long enough goes; what is not is copied to the
 //! bucket that takes new bodies. Once empty, the bucket's table is dropped.
 
-use std::time::Duration;
-
 use sqlx::{AssertSqlSafe, Row as _};
 
 use super::bodies;
@@ -17,9 +15,9 @@ use crate::store::{Error, Retired};
 /// Messages of one slice; each has a handful of rows.
 const SLICE_MESSAGES: i64 = 100;
 
-pub(super) async fn slice(tx: &mut Tx, (keep,): &(Duration,)) -> Result<Retired, Error> {
+pub(super) async fn slice(tx: &mut Tx, (cutoff,): &(Timestamp,)) -> Result<Retired, Error> {
     let doing = Kind::Retire.doing();
-    let cutoff = tx.now.before(*keep);
+    let cutoff = *cutoff;
     let mut retired = Retired::default();
     let current = bodies::current(&mut tx.db, tx.now)
         .await

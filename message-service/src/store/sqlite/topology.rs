@@ -71,11 +71,7 @@ pub(super) async fn apply(tx: &mut Tx, (topology,): &(Topology,)) -> Result<Appl
 
 async fn remove_producers(tx: &mut Tx, new: &Topology, old: &Topology) -> Result<(), Error> {
     let doing = Kind::Topology.doing();
-    for name in old
-        .producers
-        .keys()
-        .filter(|name| !new.producers.contains_key(*name))
-    {
+    for name in new.unasked_producers(old) {
         let prepared: i64 = sqlx::query_scalar(
             "-- undecided of a producer
              SELECT count(*) FROM message WHERE producer = ? AND state = 'PREPARED'",
@@ -86,15 +82,17 @@ async fn remove_producers(tx: &mut Tx, new: &Topology, old: &Topology) -> Result
         .map_err(error(doing))?;
         if prepared > 0 {
             return Err(Error::ProducerHasPrepared {
-                producer: name.clone(),
+                producer: name.to_owned(),
                 prepared: prepared.unsigned_abs(),
             });
         }
-        sqlx::query("-- deactivate a producer\nUPDATE producer SET active = 0 WHERE name = ?")
-            .bind(name)
-            .execute(&mut tx.db)
-            .await
-            .map_err(error(doing))?;
+        if !new.producers.contains_key(name) {
+            sqlx::query("-- deactivate a producer\nUPDATE producer SET active = 0 WHERE name = ?")
+                .bind(name)
+                .execute(&mut tx.db)
+                .await
+                .map_err(error(doing))?;
+        }
     }
     Ok(())
 }
@@ -208,6 +206,16 @@ async fn upsert_subscription(
     .await
     .map_err(error(doing))?;
     Ok(())
+}
+
+/// The names of all that were removed.
+pub(super) async fn removed_subscriptions(db: &mut SqliteConnection) -> Result<Vec<String>, Error> {
+    sqlx::query_scalar(
+        "-- removed subscriptions\nSELECT name FROM subscription WHERE active = 0 ORDER BY name",
+    )
+    .fetch_all(db)
+    .await
+    .map_err(error("read removed subscriptions"))
 }
 
 /// Reads what is active.

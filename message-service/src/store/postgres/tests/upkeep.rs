@@ -3,6 +3,7 @@
 use tokio::time::Instant;
 
 use super::*;
+use crate::retention::{self, Retention};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -54,7 +55,7 @@ async fn a_long_read_holds_up_no_prepare_while_buckets_come_and_go() {
         let store = store.clone();
         tokio::spawn(async move {
             for _ in 0..5 {
-                store.retire(DAY).await.unwrap();
+                store.retire(store.now().before(DAY)).await.unwrap();
                 store.open_buckets(DAY).await.unwrap();
             }
         })
@@ -71,7 +72,7 @@ async fn a_long_read_holds_up_no_prepare_while_buckets_come_and_go() {
     assert!(slowest < Duration::from_millis(200), "{slowest:?}");
     assert_eq!(harness.buckets().await[0], 1, "it is being read");
     run(&mut reader, "ROLLBACK").await;
-    while store.retire(DAY).await.unwrap().more {}
+    while store.retire(store.now().before(DAY)).await.unwrap().more {}
     assert!(harness.buckets().await[0] > 1);
     let shown = store.show(id(1), true).await.unwrap().unwrap();
     assert_eq!(shown.body.unwrap().1, paid(1).payload, "it is undecided");
@@ -128,12 +129,12 @@ async fn a_bucket_is_not_emptied_before_its_last_writer_is_done() {
         ),
     )
     .await;
-    let retired = store.retire(DAY).await.unwrap();
+    let retired = store.retire(store.now().before(DAY)).await.unwrap();
     assert_eq!(retired, Retired::default());
     run(&mut writer, "COMMIT").await;
     let mut moved = 0;
     loop {
-        let retired = store.retire(DAY).await.unwrap();
+        let retired = store.retire(store.now().before(DAY)).await.unwrap();
         moved += retired.moved;
         if !retired.more {
             break;
@@ -174,10 +175,11 @@ async fn two_processes_open_and_empty_buckets_at_the_same_time() {
         let (one, two) = tokio::join!(harness.store.open_buckets(DAY), other.open_buckets(DAY));
         one.and(two).unwrap();
     }
+    let cutoff = harness.store.now().before(DAY);
     let retire = |store: Arc<PostgresStore>| async move {
         let mut total = (0, 0);
         for _ in 0..20 {
-            let retired = store.retire(DAY).await.unwrap();
+            let retired = store.retire(cutoff).await.unwrap();
             total = (total.0 + retired.messages, total.1 + retired.moved);
         }
         total
@@ -192,6 +194,70 @@ async fn two_processes_open_and_empty_buckets_at_the_same_time() {
         .await
         .unwrap();
     assert_eq!(left.deliveries.len(), 200, "with their bodies");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_finds_a_bucket_half_emptied_goes_on_at_once() {
+    let harness = timed().await;
+    let store = &harness.store;
+    let messages = (1..=450).map(paid).collect();
+    store.prepare(messages, CHECK_AFTER).await.unwrap();
+    let cancel = |n| Decision {
+        id: id(n),
+        event: MessageEvent::Cancel,
+    };
+    let cancels = (1..=450).map(cancel).collect();
+    store.decide("payment", cancels).await.unwrap();
+    for _ in 0..4 {
+        harness.pass(DAY).await;
+        store.open_buckets(DAY).await.unwrap();
+    }
+    for _ in 0..4 {
+        let retired = store.retire(store.now().before(DAY)).await.unwrap();
+        assert_eq!(retired.messages, 100);
+    }
+    let other = harness.another().await;
+    let settings = retention::Settings {
+        keep: DAY,
+        ..retention::Settings::default()
+    };
+    let retention = Retention::new(other, Arc::new(SystemClock::new()), settings);
+    let reference = retention.run_once().await.unwrap();
+    assert!(!reference.pruned, "there is no other reading of the clock");
+    let report = retention.run_once().await.unwrap();
+    assert_eq!(report.messages, 50, "all that was left");
+    assert!(report.buckets >= 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_subscription_is_not_settled_over_a_delivery_that_is_locked() {
+    let harness = timed().await;
+    let store = &harness.store;
+    store.publish(vec![paid(1)]).await.unwrap();
+    store
+        .apply_topology(topology(2, &["points"]))
+        .await
+        .unwrap();
+    let open = "UPDATE delivery SET state = 'PENDING', due_at = now(), answered_at = NULL
+                 WHERE subscription = 'accounting'";
+    harness.run(open).await;
+    let mut other = harness.by_hand().await;
+    let lock = "BEGIN; SELECT FROM delivery WHERE subscription = 'accounting' FOR UPDATE";
+    run(&mut other, lock).await;
+    harness.pass(Duration::from_secs(61)).await;
+    store.open_buckets(DAY).await.unwrap();
+    let look = async || {
+        let row = "SELECT s.settled, d.state FROM subscription s
+                     JOIN delivery d ON d.subscription = s.name WHERE s.name = 'accounting'";
+        sqlx::query_as::<_, (bool, String)>(row)
+            .fetch_one(&mut harness.by_hand().await)
+            .await
+            .unwrap()
+    };
+    assert_eq!(look().await, (false, "PENDING".to_owned()));
+    run(&mut other, "ROLLBACK").await;
+    store.open_buckets(DAY).await.unwrap();
+    assert_eq!(look().await, (true, "SKIPPED".to_owned()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
