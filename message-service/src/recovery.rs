@@ -155,11 +155,9 @@ impl Recovery {
         topic: &str,
         report: &mut Report,
     ) -> Result<(), store::Error> {
-        if !self.may_resend(name) {
-            return Ok(());
-        }
+        // Asked also while nothing may be resent, so that no outage of the store goes unnoticed.
         let overdue = self.store.overdue(name, SLICE).await?;
-        if overdue.is_empty() {
+        if !self.may_resend(name) || overdue.is_empty() {
             return Ok(());
         }
         report.overdue += overdue.len();

@@ -42,7 +42,7 @@ pub use names::{Names, RESERVED};
 use super::{AnswerSink, AnswerState, Broker, BrokerState, QueueState};
 use crate::clock::Clock;
 use crate::message::{MessageId, Timestamp};
-use crate::pass::Trouble;
+use crate::pass::{self, Trouble};
 use crate::store::{Overdue, Store};
 use crate::topology::Snapshot;
 use declare::Declared;
@@ -283,14 +283,40 @@ impl RabbitMq {
 
     /// Begins to send, and to take answers.
     pub fn start(self: &Arc<Self>, sink: Arc<dyn AnswerSink>) {
-        let of = || Arc::clone(self);
-        for pace in [Pace::Fresh, Pace::Drain] {
-            self.tasks.spawn(lane::Running::new(of(), pace).run());
+        for (name, pace) in [("fresh lane", Pace::Fresh), ("drain lane", Pace::Drain)] {
+            let lane = move |rabbit| lane::Running::new(rabbit, pace).run();
+            self.keep(name, &self.tasks, &self.draining, lane);
         }
-        self.tasks.spawn(of().send_alone());
-        self.tasks.spawn(of().look());
-        self.services.spawn(of().mark_sent());
-        self.services.spawn(answers::run(of(), sink));
+        self.keep(
+            "lane of suspects",
+            &self.tasks,
+            &self.draining,
+            Self::send_alone,
+        );
+        self.keep("look at queues", &self.tasks, &self.draining, Self::look);
+        self.keep(
+            "marking SENT",
+            &self.services,
+            &self.stopping,
+            Self::mark_sent,
+        );
+        let answers = move |rabbit| answers::run(rabbit, Arc::clone(&sink));
+        self.keep("taking answers", &self.services, &self.stopping, answers);
+    }
+
+    /// Keeps something running until `stop`.
+    fn keep<F>(
+        self: &Arc<Self>,
+        name: &'static str,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+        what: impl Fn(Arc<Self>) -> F + Send + 'static,
+    ) where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let rabbit = Arc::clone(self);
+        let pass = move |_| what(Arc::clone(&rabbit));
+        tasks.spawn(pass::kept(name, stop.clone(), pass));
     }
 
     /// The service begins to stop: nothing is claimed any more. Answers go on.
@@ -381,7 +407,8 @@ impl Broker for RabbitMq {
 
     async fn is_gone(&self, subscription: &str, overdue: &[Overdue]) -> Vec<bool> {
         // An answer that still waits in RabbitMQ is no silence.
-        let silent = self.looking.is_up() && self.answers_waiting.load(Ordering::Relaxed) == 0;
+        let waiting = self.answers_waiting.load(Ordering::Relaxed) > 0;
+        let silent = self.looking.is_up() && !waiting && !self.answers_trouble.is_present();
         let (now, monotonic) = (self.store.now(), self.clock.monotonic());
         let silence = (self.settings.resend_after * SILENT_CONSUMER).max(LEAST_SILENCE);
         let gone = |sent_at: Timestamp| {

@@ -146,12 +146,16 @@ async fn nothing_is_sent_again_right_after_the_start_or_an_outage() {
     restarted.broker.gone.lock().unwrap().insert(id(1));
     assert_eq!(restarted.round().await.overdue, 0);
 
-    restarted.pass(31);
-    restarted.world.store.fail(&["overdue"]);
-    assert!(restarted.recovery.run_once().await.is_err());
-    restarted.world.store.heal();
-    assert_eq!(restarted.round().await.overdue, 0);
-    restarted.pass(31);
+    // Twice: also an outage that comes while nothing is sent again anyway.
+    for waited in [20, 20] {
+        restarted.pass(waited);
+        restarted.world.store.fail(&["overdue"]);
+        assert!(restarted.recovery.run_once().await.is_err());
+        restarted.world.store.heal();
+        restarted.pass(15);
+        assert_eq!(restarted.round().await.overdue, 0);
+    }
+    restarted.pass(16);
     assert_eq!(restarted.round().await.passed_by, 1);
 }
 
@@ -184,6 +188,18 @@ async fn two_passes_at_once_count_one_attempt() {
     for n in 1..=20 {
         assert_eq!(scene.world.delivery(n).await.attempts, 1);
     }
+}
+
+#[tokio::test]
+async fn an_error_over_age_keeps_nothing_else_from_its_turn() {
+    let scene = scene().await;
+    scene.world.publish([1]).await;
+    scene.send().await;
+    scene.broker.gone.lock().unwrap().insert(id(1));
+    scene.pass(60);
+    scene.world.store.fail(&["expire"]);
+    assert!(scene.recovery.run_once().await.is_err());
+    assert_eq!(scene.world.delivery(1).await.state, DeliveryState::Pending);
 }
 
 #[tokio::test]

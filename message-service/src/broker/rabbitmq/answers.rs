@@ -41,6 +41,12 @@ const QUIET: Duration = Duration::from_secs(10);
 /// How long the beginning may take: after a crash RabbitMQ takes some seconds before a queue has
 /// consumers again, and beginning anew would only take as long.
 const BEGIN: Duration = Duration::from_secs(30);
+/// How long answers may take from RabbitMQ's hands to the disk; well below the time for which a
+/// queue has to be empty before anything in it counts as lost.
+const USUAL_WRITE: Duration = Duration::from_secs(1);
+/// How long answers that cannot be written are kept here while the store is away; then others may
+/// have them.
+const KEPT: Duration = Duration::from_secs(5);
 /// The tag of our consumer, for people.
 const TAG: &str = "handfast-answers";
 
@@ -87,6 +93,7 @@ impl Incidents {
 #[derive(Debug, Default)]
 pub(super) struct Standstill {
     why: std::sync::Mutex<[Option<String>; 2]>,
+    writing_since: std::sync::Mutex<Option<Instant>>,
 }
 
 impl Standstill {
@@ -98,6 +105,26 @@ impl Standstill {
     /// Taking answers began, or could not.
     fn taken(&self, why: Option<String>) {
         self.lock()[1] = why;
+    }
+
+    /// Messages of answers are here whose answers are not durable.
+    fn writes(&self, writes: bool) {
+        let since = writes.then(Instant::now);
+        *self
+            .writing_since
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = since;
+    }
+
+    /// True while answers may wait here or in RabbitMQ without being counted there. Under load
+    /// some answer is always on its way; what takes no longer than usual is no ground.
+    pub(super) fn is_present(&self) -> bool {
+        let since = *self
+            .writing_since
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        since.is_some_and(|since| since.elapsed() >= USUAL_WRITE)
+            || self.lock().iter().any(Option::is_some)
     }
 
     /// One line for people; empty if all is well.
@@ -148,6 +175,9 @@ pub(super) async fn run(rabbit: Arc<RabbitMq>, sink: Arc<dyn AnswerSink>) {
 /// Takes answers on one channel until it is over.
 async fn take(rabbit: &RabbitMq, sink: &dyn AnswerSink, opened: &Arc<Opened>) -> Result<(), Error> {
     let queue = rabbit.names.acknowledge();
+    // What cannot be written is better off in RabbitMQ than here.
+    let store = rabbit.store.topology().await;
+    store.map_err(|error| Error::StoreAway(error.to_string()))?;
     declare::acknowledge(opened, &queue).await?;
     let channel = opened.channel().await?;
     let mut consumer = match consume(rabbit, &channel, &queue).await {
@@ -190,8 +220,13 @@ async fn take(rabbit: &RabbitMq, sink: &dyn AnswerSink, opened: &Arc<Opened>) ->
                 Some(None) | None => break,
             }
         }
-        if !write(rabbit, sink, &messages).await {
-            return Ok(());
+        rabbit.answers_trouble.writes(true);
+        let written = write(rabbit, sink, &messages).await;
+        rabbit.answers_trouble.writes(false);
+        match written {
+            Written::All => {}
+            Written::Stopped => return Ok(()),
+            Written::StoreAway => return end(&channel).await,
         }
         hit(Point::ANSWERS_RECORDED);
         // Everything up to the last one is durable, because they are taken in order.
@@ -243,31 +278,52 @@ async fn consume(rabbit: &RabbitMq, channel: &Channel, queue: &str) -> Result<Co
     }
 }
 
-/// Makes everything in these messages durable, however long the store is away. False if the
-/// broker stops first.
-async fn write(rabbit: &RabbitMq, sink: &dyn AnswerSink, messages: &[Delivery]) -> bool {
+/// What became of messages of answers.
+enum Written {
+    /// Everything in them is durable.
+    All,
+    /// The broker stops first.
+    Stopped,
+    /// The store is away. They go back to RabbitMQ, so that other processes can have them.
+    StoreAway,
+}
+
+/// Makes everything in these messages durable. What cannot be written is tried again after
+/// everything else was.
+async fn write(rabbit: &RabbitMq, sink: &dyn AnswerSink, messages: &[Delivery]) -> Written {
     let mut by: BTreeMap<String, Vec<Answer>> = BTreeMap::new();
     for message in messages {
         if let Some((subscription, answers)) = read(rabbit, message) {
             by.entry(subscription).or_default().extend(answers);
         }
     }
+    let mut left: Vec<(&str, &[Answer])> = by
+        .iter()
+        .flat_map(|(name, answers)| answers.chunks(SLICE).map(|slice| (name.as_str(), slice)))
+        .collect();
     let mut trouble = Trouble::new("writing answers");
-    for (subscription, answers) in by {
-        for slice in answers.chunks(SLICE) {
-            loop {
-                let written = sink.acknowledge(&subscription, slice.to_vec()).await;
-                if trouble.note(written).is_some() {
-                    break;
-                }
-                tokio::select! {
-                    () = rabbit.stopping.cancelled() => return false,
-                    () = tokio::time::sleep(RETRY) => {}
-                }
+    let began = Instant::now();
+    loop {
+        let mut failed = Vec::new();
+        for (subscription, slice) in left {
+            let written = sink.acknowledge(subscription, slice.to_vec()).await;
+            if trouble.note(written).is_none() {
+                failed.push((subscription, slice));
             }
         }
+        if failed.is_empty() {
+            return Written::All;
+        }
+        // A row that somebody has locked is no ground to give everything back.
+        if began.elapsed() >= KEPT && rabbit.store.topology().await.is_err() {
+            return Written::StoreAway;
+        }
+        left = failed;
+        tokio::select! {
+            () = rabbit.stopping.cancelled() => return Written::Stopped,
+            () = tokio::time::sleep(RETRY) => {}
+        }
     }
-    true
 }
 
 /// What a message says, if it may say it.

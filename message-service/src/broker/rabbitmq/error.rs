@@ -16,6 +16,9 @@ pub(super) enum Error {
         /// How long that may take.
         within: Duration,
     },
+    /// Nothing can be written.
+    #[error("answers are left in RabbitMQ: {0}")]
+    StoreAway(String),
     /// It was refused, or the connection broke.
     #[error("{}", text(.0))]
     Lapin(#[from] lapin::Error),

@@ -43,6 +43,8 @@ struct Ticket {
     subscription: String,
     sent: Sent,
     leased_at: Duration,
+    /// Others know that it is sent.
+    settled: bool,
 }
 
 /// How a flight ended.
@@ -138,6 +140,7 @@ impl Flight {
                     token: claim.token,
                 },
                 leased_at: loaded.claimed_at,
+                settled: false,
                 subscription: loaded.subscription,
             });
             let name = &tickets[tickets.len() - 1].subscription;
@@ -175,22 +178,21 @@ impl Flight {
     pub(super) async fn land(mut self) -> Landed {
         let limit = self.rabbit.settings.publisher_confirm;
         let mut waited = Duration::ZERO;
-        let mut early = false;
         let why = loop {
             match self.batch.progress(PATIENCE).await {
                 Progress::Complete => break String::new(),
-                Progress::Quiet => {}
+                // A narrow way takes as long as it takes.
+                Progress::Moving => waited = Duration::ZERO,
+                Progress::Quiet => waited += PATIENCE,
             }
+            // As long as it is under way, nobody else is to send it.
+            self.renew().await;
             if self.link.is_blocked() {
-                // RabbitMQ has not even read it. Nothing times out; the leases are kept.
-                self.renew().await;
+                // RabbitMQ has not even read it, so nothing times out.
+                waited = Duration::ZERO;
                 continue;
             }
-            waited += PATIENCE;
-            if !early {
-                early = true;
-                self.settle_what_is_sent();
-            }
+            self.settle_what_is_sent();
             if waited >= limit {
                 break format!("no publisher confirm within {} s", limit.as_secs_f64());
             }
@@ -232,7 +234,10 @@ impl Flight {
     fn settle_what_is_sent(&mut self) {
         let mut sent: BTreeMap<String, Vec<Sent>> = BTreeMap::new();
         for index in self.batch.sent_so_far() {
-            let ticket = &self.tickets[index];
+            let ticket = &mut self.tickets[index];
+            if std::mem::replace(&mut ticket.settled, true) {
+                continue;
+            }
             sent.entry(ticket.subscription.clone())
                 .or_default()
                 .push(ticket.sent);
@@ -247,7 +252,7 @@ impl Flight {
         let lease = self.rabbit.settings.lease;
         let mut old: BTreeMap<String, Vec<Sent>> = BTreeMap::new();
         for ticket in &mut self.tickets {
-            if now.saturating_sub(ticket.leased_at) >= lease / 3 {
+            if !ticket.settled && now.saturating_sub(ticket.leased_at) >= lease / 3 {
                 ticket.leased_at = now;
                 old.entry(ticket.subscription.clone())
                     .or_default()

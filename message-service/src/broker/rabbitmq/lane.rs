@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::RabbitMq;
 use super::flight::{Carrier, Flight, Landed, Loaded, PATIENCE, Tag};
@@ -47,6 +47,8 @@ pub(super) struct Running {
     pace: Pace,
     /// Channels that carry nothing at the moment.
     carriers: Vec<Carrier>,
+    /// When every queue was last looked at, signalled or not.
+    looked_at: Instant,
     trouble: Trouble,
 }
 
@@ -60,6 +62,7 @@ impl Running {
             rabbit,
             pace,
             carriers: Vec::new(),
+            looked_at: Instant::now(),
             trouble: Trouble::new(name),
         }
     }
@@ -69,6 +72,11 @@ impl Running {
         let mut gathered = Gathered::default();
         while let Some(carrier) = self.carrier().await {
             self.carriers.push(carrier);
+            // Nothing is signalled when a time comes, and a lane that is never idle would never
+            // see it for a queue that is.
+            if self.looked_at.elapsed() >= POLL {
+                self.look_again();
+            }
             if gathered.batches.is_empty() {
                 gathered = self.gather().await;
             }
@@ -116,37 +124,44 @@ impl Running {
     }
 
     /// Waits for a signal, a time that is due, or the next look.
-    async fn wait(&self, next_due_in: Option<Duration>) -> bool {
+    async fn wait(&mut self, next_due_in: Option<Duration>) -> bool {
         let wait = next_due_in.map_or(POLL, |due| due.clamp(SHORTEST, POLL));
         tokio::select! {
             () = self.rabbit.draining.cancelled() => false,
             () = self.rabbit.signals[self.pace as usize].notified() => true,
             () = tokio::time::sleep(wait) => {
-                self.rabbit.queues.look_again();
+                self.look_again();
                 true
             }
         }
+    }
+
+    fn look_again(&mut self) {
+        self.looked_at = Instant::now();
+        self.rabbit.queues.look_again();
     }
 
     /// Claims a batch for each in turn, for as many as there are channels.
     async fn gather(&mut self) -> Gathered {
         let mut gathered = Gathered::default();
         let mut bytes = CLAIMED_BYTES;
+        let mut refused = false;
         for subscription in self.rabbit.queues.turns(self.pace) {
-            if gathered.batches.len() == CHANNELS || bytes == 0 {
+            if gathered.batches.len() == CHANNELS || bytes == 0 || refused {
                 self.rabbit.queues.more(self.pace, &subscription);
                 continue;
             }
             let limit = self.rabbit.queues.reserve(&subscription, BATCH);
             if limit == 0 {
+                self.rabbit.queues.more(self.pace, &subscription);
                 continue;
             }
             let claimed = self.claim(&subscription, limit, bytes).await;
             let Some((loaded, next_due_in)) = claimed else {
                 self.rabbit.queues.landed(&subscription, limit as u64, 0);
                 self.rabbit.queues.more(self.pace, &subscription);
-                tokio::time::sleep(RETRY).await;
-                break;
+                refused = true;
+                continue;
             };
             let taken: usize = loaded.iter().map(body_bytes).sum();
             bytes = bytes.saturating_sub(taken);
@@ -163,6 +178,9 @@ impl Running {
             if !loaded.is_empty() {
                 gathered.batches.push(loaded);
             }
+        }
+        if refused {
+            tokio::time::sleep(RETRY).await;
         }
         gathered
     }

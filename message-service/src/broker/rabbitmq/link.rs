@@ -237,7 +237,11 @@ impl Link {
                 event = events.next() => match event {
                     Some(Event::ConnectionBlocked(reason)) => self.blocked(reason),
                     Some(Event::ConnectionUnblocked) => self.up(),
-                    Some(Event::Error(error)) => break text(&error),
+                    // lapin also tells here of a channel that RabbitMQ closed; its user knows, and
+                    // the others have nothing to do with it.
+                    Some(Event::Error(error)) if !opened.connection.status().connected() => {
+                        break text(&error);
+                    }
                     Some(_) => {}
                     None => break "the connection ended".to_owned(),
                 },

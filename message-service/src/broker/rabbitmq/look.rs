@@ -62,7 +62,10 @@ impl RabbitMq {
         let mut first_error = None;
         let answers = self.names.acknowledge();
         match declare::look(opened, &answers).await {
-            Ok(Some(seen)) => self.answers_waiting(seen.waiting),
+            Ok(Some(seen)) => {
+                self.answers_waiting(seen.waiting);
+                self.queues.shared_by(seen.consumers);
+            }
             Ok(None) => {
                 let made = declare::acknowledge(opened, &answers).await;
                 first_error = wrong(made);
@@ -70,6 +73,10 @@ impl RabbitMq {
             Err(error) => first_error = Some(error.to_string()),
         }
         first_error = first_error.map(|why| format!("queue {answers}: {why}"));
+        if first_error.is_some() {
+            // Not known to be none.
+            self.answers_waiting(u64::MAX);
+        }
         self.answers_trouble.looked(first_error.clone());
         // At the same time, because one that does not answer must not keep us from knowing how
         // full the others are.

@@ -15,7 +15,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use lapin::options::BasicPublishOptions;
 use lapin::{BasicProperties, Channel, Confirmation, ErrorKind, PublisherConfirm};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::error::{is_about_a_message, refusal, text};
 
@@ -52,6 +52,8 @@ pub(super) enum Fate {
 pub(super) enum Progress {
     /// Every message has its confirm, or can have none any more.
     Complete,
+    /// Some confirms came, and others are missing.
+    Moving,
     /// Nothing happened for a while.
     Quiet,
 }
@@ -109,14 +111,17 @@ impl Batch {
         }
     }
 
-    /// Goes on until every confirm is in, or nothing has come for `quiet`.
-    pub(super) async fn progress(&mut self, quiet: Duration) -> Progress {
+    /// Goes on until every confirm is in, for at most this long.
+    pub(super) async fn progress(&mut self, within: Duration) -> Progress {
+        let until = Instant::now() + within;
+        let mut reached = Progress::Quiet;
         loop {
-            match timeout(quiet, self.pending.next()).await {
+            match timeout_at(until, self.pending.next()).await {
                 Ok(Some((index, step))) => self.tell(index, step),
                 Ok(None) => return Progress::Complete,
-                Err(_) => return Progress::Quiet,
+                Err(_) => return reached,
             }
+            reached = Progress::Moving;
         }
     }
 

@@ -19,6 +19,9 @@ const SILENT_WAIT: Duration = Duration::from_secs(5);
 /// How long a queue must have been seen empty before what was sent to it is looked for: by
 /// then answers that were on their way are here.
 const EMPTY_FOR: Duration = Duration::from_secs(3);
+/// The same where other processes take answers, too: one that stands still keeps what it has taken
+/// until its heartbeats are missed, for 20 s.
+const SHARED_EMPTY_FOR: Duration = Duration::from_secs(30);
 /// RabbitMQ takes back what a consumer has not acked for this long (its `consumer_timeout`,
 /// 30 min), with a margin: nobody can hold a message unseen any longer.
 const CONSUMER_HOLDS: Duration = Duration::from_secs(35 * 60);
@@ -83,9 +86,11 @@ impl Queue {
         })
     }
 
-    fn room(&self) -> u64 {
-        self.limit()
-            .saturating_sub(self.waiting + self.sent_since + self.in_flight)
+    /// What one of so many processes may send: each sees what waits, and not what the others
+    /// send at the same moment.
+    fn room(&self, processes: u32) -> u64 {
+        let room = self.limit().saturating_sub(self.waiting) / u64::from(processes.max(1));
+        room.saturating_sub(self.sent_since + self.in_flight)
     }
 }
 
@@ -117,6 +122,8 @@ struct State {
     queues: BTreeMap<String, Queue>,
     /// Who was served last, per lane; the next in order comes first.
     last: [String; 2],
+    /// How many processes send to these queues and take answers, as last seen.
+    processes: u32,
 }
 
 impl Queues {
@@ -156,6 +163,11 @@ impl Queues {
         gone
     }
 
+    /// So many processes take answers, this one included.
+    pub(super) fn shared_by(&self, processes: u32) {
+        self.lock().processes = processes;
+    }
+
     /// Deliveries on these topics became due.
     pub(super) fn signal(&self, topics: &BTreeSet<String>) {
         for queue in self.lock().queues.values_mut() {
@@ -177,12 +189,19 @@ impl Queues {
     /// sets it again.
     pub(super) fn turns(&self, pace: Pace) -> Vec<String> {
         let mut state = self.lock();
-        let State { queues, last } = &mut *state;
+        let State {
+            queues,
+            last,
+            processes,
+        } = &mut *state;
         let last = &last[pace as usize];
         let mut turns: Vec<String> = Vec::new();
         let mut before = 0;
         for (name, queue) in queues.iter_mut() {
-            if queue.health == Health::Open && queue.due[pace as usize] && queue.room() > 0 {
+            if queue.health == Health::Open
+                && queue.due[pace as usize]
+                && queue.room(*processes) > 0
+            {
                 queue.due[pace as usize] = false;
                 turns.push(name.clone());
                 before += usize::from(name <= last);
@@ -214,9 +233,10 @@ impl Queues {
     /// Whose single messages are to be looked for; the mark is cleared.
     pub(super) fn alone(&self) -> Vec<String> {
         let mut state = self.lock();
+        let processes = state.processes;
         let mut names = Vec::new();
         for (name, queue) in &mut state.queues {
-            if queue.health == Health::Open && queue.room() > 0 && queue.alone {
+            if queue.health == Health::Open && queue.room(processes) > 0 && queue.alone {
                 queue.alone = false;
                 names.push(name.clone());
             }
@@ -228,10 +248,11 @@ impl Queues {
     /// fill the same room. It is given back by [`Self::landed`].
     pub(super) fn reserve(&self, name: &str, most: usize) -> usize {
         let mut state = self.lock();
+        let processes = state.processes;
         let Some(queue) = state.queues.get_mut(name) else {
             return 0;
         };
-        let granted = queue.room().min(most as u64);
+        let granted = queue.room(processes).min(most as u64);
         queue.in_flight += granted;
         usize::try_from(granted).unwrap_or(most)
     }
@@ -343,10 +364,15 @@ impl Queues {
         // A queue without a leader looks empty too; it does not confirm what it is sent, and so
         // is not open.
         let looked = queue.health == Health::Open && now.saturating_sub(queue.seen_at) < EMPTY_FOR;
+        // What other processes have taken and not written is not seen from here; nor is what they
+        // have heard of a subscription.
+        let shared = state.processes > 1;
+        let empty_for = if shared { SHARED_EMPTY_FOR } else { EMPTY_FOR };
         let empty = queue
             .empty_since
-            .is_some_and(|since| now.saturating_sub(since) >= EMPTY_FOR);
-        let silent = sent_ago >= silence
+            .is_some_and(|since| now.saturating_sub(since) >= empty_for);
+        let silent = !shared
+            && sent_ago >= silence
             && queue
                 .answered_at
                 .is_some_and(|at| now.saturating_sub(at) >= silence);
@@ -504,6 +530,45 @@ mod tests {
         );
         queues.seen("a", seen(1, 0), 10 * SECOND);
         assert!(!gone(CONSUMER_HOLDS, 20 * SECOND));
+    }
+
+    #[test]
+    fn what_other_processes_may_have_heard_is_not_taken_for_silence() {
+        let queues = queues(&["a"]);
+        let gone = |now| queues.does_not_hold("a", 120 * SECOND, 90 * SECOND, now);
+        let see = |consumers, now| {
+            let waiting = 0;
+            queues.seen("a", Seen { waiting, consumers }, now);
+        };
+        queues.shared_by(2);
+        see(1, SECOND);
+        see(1, 100 * SECOND);
+        assert!(!gone(100 * SECOND), "others may have had its answers");
+        queues.shared_by(1);
+        assert!(gone(100 * SECOND));
+        queues.landed("a", 1, 1);
+        see(0, 101 * SECOND);
+        see(0, 110 * SECOND);
+        assert!(gone(110 * SECOND));
+        queues.shared_by(2);
+        assert!(!gone(110 * SECOND), "others may hold its answers");
+        see(0, 131 * SECOND);
+        assert!(gone(131 * SECOND));
+    }
+
+    #[test]
+    fn several_processes_share_the_room() {
+        let queues = queues(&["b"]);
+        queues.shared_by(2);
+        assert_eq!(queues.reserve("b", 20), 3);
+        queues.landed("b", 3, 3);
+        assert_eq!(queues.reserve("b", 20), 0, "the others have the rest");
+        let seen = Seen {
+            waiting: 5,
+            consumers: 1,
+        };
+        queues.seen("b", seen, SECOND);
+        assert_eq!(queues.reserve("b", 20), 1);
     }
 
     #[test]

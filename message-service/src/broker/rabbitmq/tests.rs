@@ -12,8 +12,8 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::message::{Answer, AnswerKind, DeliveryState};
-use crate::world::{DEADLINE, TOPIC, World, id};
+use crate::message::{Answer, AnswerKind, DeliveryState, NewMessage};
+use crate::world::{DEADLINE, TOPIC, World, id, message};
 
 /// The server that tests use. Without one they fail: there is nothing else they could say.
 fn url() -> String {
@@ -193,6 +193,51 @@ async fn what_is_due_arrives_once_in_each_subscriptions_queue_and_is_sent() {
         .world
         .until(500, |delivery| delivery.state == DeliveryState::Sent)
         .await;
+    scene.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_due_by_time_is_sent_however_busy_others_are() {
+    let scene = scene().await;
+    let mut accounting = scene.consume("accounting").await;
+    let later = NewMessage {
+        deliver_after: Some(scene.world.store.now().after(Duration::from_secs(60))),
+        ..message(1)
+    };
+    scene.world.store.publish(vec![later]).await.unwrap();
+    let rabbit = Arc::clone(&scene.rabbit);
+    let busy = tokio::spawn(async move {
+        loop {
+            rabbit.due(&["another".to_owned()].into());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    // Both lanes have looked at both subscriptions, found nothing that is due, and are idle.
+    let claims = || scene.world.store.calls("claim_deliveries");
+    let mut before = 0;
+    eventually("the lanes are idle", async || {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let idle = claims() == before && before >= 4;
+        before = claims();
+        idle
+    })
+    .await;
+    scene.world.clock.advance(Duration::from_secs(61));
+    assert_eq!(received(&mut accounting, 1).await.len(), 1);
+    busy.abort();
+    scene.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_that_rabbitmq_closes_takes_no_connection_along() {
+    let scene = scene().await;
+    let opened = scene.rabbit.looking.ready().await;
+    for _ in 0..20 {
+        let missing = declare::look(&opened, "nobodys-queue").await.unwrap();
+        assert!(missing.is_none());
+    }
+    let now = scene.rabbit.looking.ready().await;
+    assert!(Arc::ptr_eq(&opened, &now), "it is the same connection");
     scene.end().await;
 }
 

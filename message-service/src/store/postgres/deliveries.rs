@@ -171,10 +171,11 @@ impl Claim {
         if which == Which::Normal {
             self.mark(subscription, &next, full);
         }
-        let nearest = [next.free, next.leased, next.alone]
-            .into_iter()
-            .flatten()
-            .min();
+        let nearest = match which {
+            Which::Normal | Which::Fresh => [next.free, next.leased],
+            Which::Alone => [next.alone, None],
+        };
+        let nearest = nearest.into_iter().flatten().min();
         Ok(Claimed {
             deliveries,
             alone_waits: next.alone.is_some_and(|due| due <= next.now),
