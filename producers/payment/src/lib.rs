@@ -12,6 +12,7 @@
 
 pub mod api;
 pub mod database;
+mod incoming;
 mod input;
 pub mod job;
 pub mod options;

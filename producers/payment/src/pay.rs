@@ -4,11 +4,15 @@ use std::time::Duration;
 
 use handfast_producer::{Message, Outcome, Producer, TransactError};
 use serde::Serialize;
+use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::order_locks::{OrderLock, OrderLocks};
 use crate::store::{Order, Payment, Records, State, Unpaid};
+
+/// A payment that takes longer is left to the job, unless told otherwise.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
 
 /// The topic that tells of a payment.
 pub const TOPIC: &str = "payment.completed";
@@ -52,6 +56,7 @@ pub struct Payments<S> {
     pub(crate) tasks: TaskTracker,
     /// After this the job may work on a payment that nobody else works on.
     pub(crate) job_after: Duration,
+    give_up_after: Duration,
 }
 
 impl<S: Records> Payments<S> {
@@ -64,7 +69,16 @@ impl<S: Records> Payments<S> {
             locks: OrderLocks::default(),
             tasks: TaskTracker::new(),
             job_after,
+            give_up_after: GIVE_UP_AFTER,
         }
+    }
+
+    /// The same with another time (default 60 s) after which a payment that hangs is given up
+    /// and left to the job.
+    #[must_use]
+    pub fn giving_up_after(mut self, limit: Duration) -> Self {
+        self.give_up_after = limit;
+        self
     }
 
     /// Stores the request, or finds what a request before it has stored.
@@ -90,14 +104,36 @@ impl<S: Records> Payments<S> {
     /// Finishes a payment that is PAYING, and returns what is then stored: PAYING again if it
     /// is not known what became of it, or if it could not be tried.
     pub async fn finish(&self, order: &Order) -> Result<State, sqlx::Error> {
-        let lock = self.locks.lock(order).await;
-        self.finish_locked(order, lock).await
+        let finish = async {
+            let lock = self.locks.lock(order).await;
+            self.finish_locked(order, lock).await
+        };
+        self.in_time(order, finish).await
     }
 
     /// Like [`finish`](Self::finish), but None if a call works on the order.
     pub async fn finish_if_idle(&self, order: &Order) -> Option<Result<State, sqlx::Error>> {
         let lock = self.locks.try_lock(order)?;
-        Some(self.finish_locked(order, lock).await)
+        Some(self.in_time(order, self.finish_locked(order, lock)).await)
+    }
+
+    /// Gives up what hangs, so that it holds neither the order nor a place among those in
+    /// flight. Dropped before its commit a payment is rolled back, dropped later it goes on.
+    async fn in_time(
+        &self,
+        order: &Order,
+        finish: impl Future<Output = Result<State, sqlx::Error>>,
+    ) -> Result<State, sqlx::Error> {
+        timeout(self.give_up_after, finish)
+            .await
+            .unwrap_or_else(|_| {
+                tracing::warn!(
+                    caller = order.caller,
+                    order = order.order_id,
+                    "a payment hangs; it will be tried again"
+                );
+                Ok(State::Paying)
+            })
     }
 
     async fn finish_locked(&self, order: &Order, _lock: OrderLock) -> Result<State, sqlx::Error> {

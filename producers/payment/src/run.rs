@@ -10,12 +10,12 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{Postgres, Sqlite};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::api::Api;
 use crate::database::Database;
+use crate::incoming::connections;
 use crate::job;
 use crate::options::Options;
 use crate::pay::Payments;
@@ -27,6 +27,8 @@ pub const PRODUCER: &str = "payment";
 
 /// What is in flight at a shutdown is given this long.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(25);
+/// A payment has this long beside the deadline, which bounds what comes before its business.
+const BUSINESS_DEADLINE: Duration = Duration::from_secs(30);
 /// The job leaves a payment alone at least this long.
 const MIN_JOB_AFTER: Duration = Duration::from_secs(1);
 /// A database that is not there is looked for this often.
@@ -152,7 +154,8 @@ where
         .await?
         .with_deadline(options.pay_deadline());
     let job_after = (2 * options.job_interval()).max(MIN_JOB_AFTER);
-    let payments = Payments::new(store.clone(), producer.clone(), job_after);
+    let payments = Payments::new(store.clone(), producer.clone(), job_after)
+        .giving_up_after(options.pay_deadline() + BUSINESS_DEADLINE);
 
     let status_address = status_listener.local_addr().ok();
 
@@ -187,12 +190,8 @@ where
         .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
         .http2_max_local_error_reset_streams(Some(MAX_LOCAL_ERROR_RESETS))
         .http2_max_header_list_size(MAX_HEADER_LIST_BYTES)
-        .tcp_nodelay(true)
         .add_service(PaymentServer::new(api).max_decoding_message_size(MAX_CALL_BYTES))
-        .serve_with_incoming_shutdown(
-            TcpListenerStream::new(listener),
-            stop.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(connections(listener), stop.clone().cancelled_owned());
     let served = finished_in_time(serving, &stop).await;
     stop.cancel();
 

@@ -4,6 +4,7 @@
 //! [`sqlite`] and [`postgres`]. Balances change by conditional UPDATEs, so that READ COMMITTED
 //! is enough.
 
+mod held;
 pub mod postgres;
 pub mod sqlite;
 mod statements;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use handfast_producer::{FenceDatabase, Tx};
 use sqlx::{Pool, Postgres, Sqlite};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::database::Database;
@@ -20,6 +22,8 @@ use crate::run::Error;
 
 /// How long a caller waits for a connection.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
+/// At the end a connection that does not come back is waited for this long.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The identity of a payment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -88,8 +92,13 @@ impl<D: sqlx::Database> Clone for Store<D> {
 
 impl<D: sqlx::Database> Store<D> {
     pub(crate) async fn close(&self) {
-        self.readers.close().await;
-        self.writer.close().await;
+        let closed = async {
+            self.readers.close().await;
+            self.writer.close().await;
+        };
+        if timeout(CLOSE_TIMEOUT, closed).await.is_err() {
+            tracing::warn!("a connection to the database hangs and is left to the system");
+        }
     }
 }
 
@@ -191,4 +200,21 @@ async fn fill(
         store.open_account(&name, balance).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_does_not_come_back_does_not_hold_up_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::<Sqlite>::open(&folder.path().join("payment.db"))
+            .await
+            .unwrap();
+        let kept = store.writer.acquire().await.unwrap();
+        let closed = timeout(20 * CLOSE_TIMEOUT, store.close()).await;
+        assert!(closed.is_ok());
+        drop(kept);
+    }
 }

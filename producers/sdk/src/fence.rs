@@ -18,9 +18,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use handfast_fail_points::{Point, hit};
-use sqlx::{Connection as _, Database, Pool};
-use tokio::time::timeout;
+use sqlx::pool::PoolConnection;
+use sqlx::{Connection, Database, Pool};
+use tokio::time::Instant;
 use uuid::Uuid;
+
+use crate::bounded::{until, within};
 
 /// How long a fence row is kept unless told otherwise.
 pub const DEFAULT_RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -30,6 +33,11 @@ pub const PRUNE_SLICE_ROWS: u32 = 1_000;
 
 /// An answer that takes longer will not come: the connection is given up.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections that status checks use at most.
+const CHECK_CONNECTIONS: u32 = 2;
+/// A status check does not wait longer than this for one of them.
+const CHECK_ACQUIRE_WAIT: Duration = Duration::from_secs(2);
 
 /// Pools whose fence a producer remembers; the oldest is read again.
 const MAX_KNOWN_FENCES: usize = 64;
@@ -118,6 +126,13 @@ pub enum FenceError {
          open the pool with locking mode NORMAL"
     )]
     Exclusive,
+    /// The status checks would look at another fence than the business writes to.
+    #[error(
+        "cannot rely on the fence: a new connection of the pool does not find the fence that the \
+         pool finds; choose the schema in the connect options or in `after_connect`, for every \
+         connection"
+    )]
+    Elsewhere,
     /// The schema could not be applied.
     #[error(transparent)]
     Migrate(#[from] handfast_migrations::Error),
@@ -144,14 +159,34 @@ pub trait FenceDatabase: Database {
         pool: &Pool<Self>,
     ) -> impl Future<Output = Result<FenceIdentity, FenceError>> + Send;
 
-    /// A pool of its own for status checks: at most two connections, whose statements wait at
-    /// most 200 ms for a lock.
-    fn check_pool(pool: &Pool<Self>) -> Pool<Self>;
+    /// How status checks connect to the pool's database, so that their statements wait at most
+    /// 200 ms for a lock.
+    fn check_options(pool: &Pool<Self>) -> <Self::Connection as Connection>::Options;
+
+    /// From here on nothing is committed on this connection, whatever the business does: where
+    /// the database may end a transaction by itself, what is written afterwards would be
+    /// committed without the fence row.
+    fn hold(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Undoes [`hold`](Self::hold).
+    fn release(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Whether the transaction in which the fence row was inserted is over in a way that leaves
+    /// the connection outside of it, where a rollback would fail.
+    fn has_ended(
+        connection: &mut Self::Connection,
+        id: Uuid,
+    ) -> impl Future<Output = Result<bool, sqlx::Error>> + Send;
 
     /// Whether COMMIT would commit the transaction in which the fence row was inserted, or say
     /// that it did not. An error means that it would not.
     fn may_commit(
         connection: &mut Self::Connection,
+        id: Uuid,
     ) -> impl Future<Output = Result<bool, sqlx::Error>> + Send;
 
     /// Inserts a row unless there is one; waits for whoever is inserting the same. True if it
@@ -217,8 +252,24 @@ impl<DB: FenceDatabase> Fence<DB> {
     pub async fn open(pool: &Pool<DB>) -> Result<Self, FenceError> {
         Ok(Self {
             pool: pool.clone(),
-            identity: DB::identity(pool).await?,
+            identity: identity(pool, Instant::now() + patience(pool)).await?,
         })
+    }
+
+    /// The same fence by way of connections of its own, for status checks: two at most, made as
+    /// the pool makes its, hooks included.
+    pub(crate) async fn for_checks(&self) -> Result<Self, FenceError> {
+        let options = self.pool.options().clone();
+        let own = options
+            .max_connections(CHECK_CONNECTIONS)
+            .min_connections(0)
+            .acquire_timeout(CHECK_ACQUIRE_WAIT)
+            .connect_lazy_with(DB::check_options(&self.pool));
+        match Self::open(&own).await {
+            Ok(checks) if checks.identity == self.identity => Ok(checks),
+            Ok(_) | Err(FenceError::Missing { .. }) => Err(FenceError::Elsewhere),
+            Err(error) => Err(error),
+        }
     }
 
     /// Which database this is.
@@ -242,17 +293,20 @@ impl<DB: FenceDatabase> Fence<DB> {
             doing: "prune",
             source,
         };
-        let now_us = DB::now_us(&self.pool).await.map_err(prune)?;
+        let now_us = self.now_us().await.map_err(prune)?;
         let before_us = now_us.saturating_sub(micros(retention));
         let mut removed = 0;
         loop {
             let pool = self.pool.clone();
             // A task of its own, for the same reason as in `settle_in_task`.
-            let slice =
-                tokio::spawn(async move { DB::prune(&pool, before_us, PRUNE_SLICE_ROWS).await });
+            let slice = tokio::spawn(async move {
+                let slice = DB::prune(&pool, before_us, PRUNE_SLICE_ROWS);
+                within(patience(&pool), slice).await
+            });
             let slice = slice
                 .await
-                .unwrap_or(Err(sqlx::Error::WorkerCrashed))
+                .unwrap_or(Some(Err(sqlx::Error::WorkerCrashed)))
+                .unwrap_or(Err(sqlx::Error::PoolTimedOut))
                 .map_err(prune)?;
             removed += slice;
             if slice < u64::from(PRUNE_SLICE_ROWS) {
@@ -262,6 +316,46 @@ impl<DB: FenceDatabase> Fence<DB> {
             tokio::task::yield_now().await;
         }
     }
+
+    pub(crate) async fn now_us(&self) -> Result<i64, sqlx::Error> {
+        within(patience(&self.pool), DB::now_us(&self.pool))
+            .await
+            .unwrap_or(Err(sqlx::Error::PoolTimedOut))
+    }
+}
+
+/// How long a connection of the pool and one answer on it may take.
+fn patience<DB: Database>(pool: &Pool<DB>) -> Duration {
+    pool.options()
+        .get_acquire_timeout()
+        .saturating_add(SETTLE_TIMEOUT)
+}
+
+/// A connection that is outside of any transaction.
+pub(crate) async fn acquire<DB: Database>(
+    pool: &Pool<DB>,
+) -> Result<PoolConnection<DB>, sqlx::Error> {
+    loop {
+        let mut connection = pool.acquire().await?;
+        if !connection.is_in_transaction() {
+            return Ok(connection);
+        }
+        // SQLite has ended a transaction by itself, which sqlx does not notice.
+        connection.close_on_drop();
+    }
+}
+
+/// Reads the identity in a task of its own, which gives its connection up at `ends`.
+async fn identity<DB: FenceDatabase>(
+    pool: &Pool<DB>,
+    ends: Instant,
+) -> Result<FenceIdentity, FenceError> {
+    let pool = pool.clone();
+    let read_until = async move { until(ends, DB::identity(&pool)).await };
+    tokio::spawn(read_until)
+        .await
+        .unwrap_or(Some(Err(read(sqlx::Error::WorkerCrashed))))
+        .unwrap_or(Err(read(sqlx::Error::PoolTimedOut)))
 }
 
 /// Settles in a task of its own: sqlx leaves a connection inside a transaction if the future
@@ -297,13 +391,11 @@ async fn settle_or_give_up<DB: FenceDatabase>(
     id: Uuid,
     asker: Asker,
 ) -> Result<FenceVerdict, sqlx::Error> {
-    let mut connection = pool.acquire().await?;
-    let settled = timeout(SETTLE_TIMEOUT, try_settle::<DB>(&mut connection, id, asker)).await;
-    settled.unwrap_or_else(|_| {
-        // Back in the pool it would be waited for again.
-        connection.close_on_drop();
-        Err(sqlx::Error::PoolTimedOut)
-    })
+    let mut connection = acquire(pool).await?;
+    let settled = within(SETTLE_TIMEOUT, async move {
+        try_settle::<DB>(&mut connection, id, asker).await
+    });
+    settled.await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
 }
 
 async fn try_settle<DB: FenceDatabase>(
@@ -359,25 +451,17 @@ pub(crate) struct KnownFences {
 }
 
 impl KnownFences {
-    /// The identity of the fence behind `pool`, read and checked at first use.
+    /// The identity of the fence behind `pool`, read and checked at first use, until `ends`.
     pub(crate) async fn identity<DB: FenceDatabase>(
         &self,
         pool: &Pool<DB>,
+        ends: Instant,
     ) -> Result<FenceIdentity, FenceError> {
         let options: Arc<dyn Any + Send + Sync> = pool.connect_options();
         if let Some(identity) = self.find(&options) {
             return Ok(identity);
         }
-        let identity = {
-            let pool = pool.clone();
-            // A task of its own, for the same reason as in `settle_in_task`.
-            tokio::spawn(async move { DB::identity(&pool).await })
-                .await
-                .unwrap_or(Err(FenceError::Database {
-                    doing: "read",
-                    source: sqlx::Error::WorkerCrashed,
-                }))?
-        };
+        let identity = identity(pool, ends).await?;
         if self.find(&options).is_none() {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             if known.len() == MAX_KNOWN_FENCES {

@@ -23,7 +23,7 @@
 //!
 //!     let shutdown = CancellationToken::new();
 //!     let status = StatusServer::new().fence(pool.clone());
-//!     tokio::spawn(status.serve("127.0.0.1:7411".parse()?, shutdown.clone()));
+//!     let serving = tokio::spawn(status.serve("127.0.0.1:7411".parse()?, shutdown.clone()));
 //!
 //!     let producer = Producer::connect("http://127.0.0.1:7400", "orders").await?;
 //!     let message = Message::new("order.paid").key("42").json(&42)?;
@@ -49,6 +49,7 @@
 //!     // Before the process ends: wait for confirms that are still on their way.
 //!     producer.drain().await;
 //!     shutdown.cancel();
+//!     serving.await??;
 //!     Ok(())
 //! }
 //! ```
@@ -73,7 +74,7 @@
 //!
 //!     let shutdown = CancellationToken::new();
 //!     let status = StatusServer::new().fence(pool.clone());
-//!     tokio::spawn(status.serve("127.0.0.1:7411".parse()?, shutdown.clone()));
+//!     let serving = tokio::spawn(status.serve("127.0.0.1:7411".parse()?, shutdown.clone()));
 //!
 //!     let producer = Producer::connect("http://127.0.0.1:7400", "orders").await?;
 //!     let message = Message::new("order.paid").key("42").json(&42)?;
@@ -94,20 +95,24 @@
 //!
 //!     producer.drain().await;
 //!     shutdown.cancel();
+//!     serving.await??;
 //!     Ok(())
 //! }
 //! ```
 //!
-//! Reading order: [`message`], [`client`], [`transact`], [`fence`], [`status`].
+//! Reading order: [`message`], [`client`], [`transact`], [`Tx`], [`fence`], [`status`].
 
 mod batch;
+mod bounded;
 pub mod client;
 pub mod error;
 pub mod fence;
+mod incoming;
 pub mod message;
 mod pace;
 pub mod status;
 pub mod transact;
+mod tx;
 mod verbs;
 
 pub use client::Producer;
@@ -116,7 +121,8 @@ pub use fence::{Fence, FenceDatabase, FenceError, FenceIdentity, Settled, migrat
 pub use handfast_proto as proto;
 pub use message::Message;
 pub use status::{Answer, BusinessStatus, Question, StatusServer, StatusServerError};
-pub use transact::{Outcome, Tx};
+pub use transact::Outcome;
+pub use tx::Tx;
 
 /// The guide's examples, so that they compile as long as the guide is true.
 #[cfg(doctest)]

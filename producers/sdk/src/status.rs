@@ -19,7 +19,6 @@ use sqlx::Pool;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout, timeout_at};
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -29,6 +28,7 @@ use crate::fence::{
     Asker, DEFAULT_RETENTION, Fence, FenceDatabase, FenceError, FenceIdentity, Settled, micros,
     settle_in_task,
 };
+use crate::incoming::connections;
 
 /// A call ends after this; what it did not reach is IN_PROGRESS.
 const CALL_BUDGET: Duration = Duration::from_millis(1_900);
@@ -131,7 +131,7 @@ impl StatusServer {
     }
 
     /// Answers for the fence in this database, too. The checks use connections of their own,
-    /// two at most, made from the pool's options.
+    /// two at most, made as the pool makes its, `after_connect` included.
     pub fn fence<DB: FenceDatabase>(mut self, pool: Pool<DB>) -> Self {
         self.fences.push(Box::new(pool));
         self
@@ -215,10 +215,9 @@ impl StatusServer {
             .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
             .http2_max_local_error_reset_streams(Some(MAX_LOCAL_ERROR_RESETS))
             .http2_max_header_list_size(MAX_HEADER_LIST_BYTES)
-            .tcp_nodelay(true)
             .add_service(service)
             .serve_with_incoming_shutdown(
-                TcpListenerStream::new(listener),
+                connections(listener),
                 shutdown.clone().cancelled_owned(),
             );
         let too_long = async {
@@ -256,10 +255,7 @@ trait UnopenedFence: Send + Sync {
 #[async_trait]
 impl<DB: FenceDatabase> UnopenedFence for Pool<DB> {
     async fn open(&self) -> Result<Arc<dyn AnyFence>, FenceError> {
-        Ok(Arc::new(Fence {
-            identity: Fence::open(self).await?.identity(),
-            pool: DB::check_pool(self),
-        }))
+        Ok(Arc::new(Fence::open(self).await?.for_checks().await?))
     }
 }
 
@@ -279,7 +275,7 @@ impl<DB: FenceDatabase> AnyFence for Fence<DB> {
     }
 
     async fn now_us(&self) -> Result<i64, sqlx::Error> {
-        DB::now_us(&self.pool).await
+        Self::now_us(self).await
     }
 
     async fn settle(&self, id: Uuid) -> Result<Settled, sqlx::Error> {

@@ -11,30 +11,29 @@
 //! who drops the future, for example in a time-out, cannot stop half-way: before COMMIT the
 //! drop is a rollback, after it the drop changes nothing.
 
-use std::fmt;
-use std::ops::{AsyncFnOnce, Deref, DerefMut};
+use std::ops::AsyncFnOnce;
 use std::time::Duration;
 
 use handfast_fail_points::{Point, hit, skips};
 use handfast_proto::v1::NewMessage;
-use sqlx::{Database, Pool, Transaction};
+use sqlx::Pool;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::Code;
 use uuid::Uuid;
 
+use crate::bounded::until;
 use crate::client::{Producer, out_of_time, waited_ms};
 use crate::error::{CallError, Refusal, TransactError};
 use crate::fence::{Asker, FenceDatabase, FenceIdentity, FenceVerdict, Settled, settle_in_task};
 use crate::message::Message;
 use crate::pace::Pace;
+use crate::tx::Tx;
 
 /// Tries with a new id after a check has fenced the one before.
 const MAX_RESTARTS: u32 = 2;
 /// The fence is asked for this long after a failed commit or a rollback.
 const SETTLE_BUDGET: Duration = Duration::from_secs(2);
-/// A commit that takes longer has an unknown outcome. A standby may have to be waited for.
-const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A caller waits this long for its confirm or cancel; they go on behind its back.
 const CALLER_WAITS: Duration = Duration::from_secs(1);
 
@@ -49,55 +48,6 @@ pub enum Outcome<T> {
     AlreadyCommitted,
 }
 
-/// The open business transaction: a database connection that knows its message.
-///
-/// Commit and rollback belong to the SDK. `&mut **tx` is the connection.
-pub struct Tx<DB: Database> {
-    transaction: Transaction<'static, DB>,
-    message_id: Uuid,
-}
-
-impl<DB: Database> Tx<DB> {
-    /// The id that the message has if this try commits.
-    pub const fn message_id(&self) -> Uuid {
-        self.message_id
-    }
-}
-
-impl<DB: FenceDatabase> Tx<DB> {
-    /// Commits. After a failed statement PostgreSQL rolls back at COMMIT and calls that a
-    /// success, so it is asked before.
-    async fn commit(mut self) -> Result<(), sqlx::Error> {
-        if !DB::may_commit(&mut self.transaction).await? {
-            let what = "the business has ended its transaction itself";
-            return Err(sqlx::Error::Protocol(what.to_owned()));
-        }
-        self.transaction.commit().await
-    }
-}
-
-impl<DB: Database> Deref for Tx<DB> {
-    type Target = DB::Connection;
-
-    fn deref(&self) -> &Self::Target {
-        &self.transaction
-    }
-}
-
-impl<DB: Database> DerefMut for Tx<DB> {
-    fn deref_mut(&mut self) -> &mut Self::Target {
-        &mut self.transaction
-    }
-}
-
-impl<DB: Database> fmt::Debug for Tx<DB> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tx")
-            .field("message_id", &self.message_id)
-            .finish_non_exhaustive()
-    }
-}
-
 /// What a prepare led to.
 enum Prepared {
     /// The message is kept; the business may begin.
@@ -109,7 +59,7 @@ enum Prepared {
 }
 
 /// What a begin led to.
-enum Begun<DB: Database> {
+enum Begun<DB: FenceDatabase> {
     Open(Tx<DB>),
     /// The fence row was there before.
     Fenced(FenceVerdict),
@@ -129,8 +79,9 @@ impl Producer {
     /// The closure gets the open transaction, see [`Tx`]. It runs at most once: after its
     /// error everything is rolled back and the error returned as [`TransactError::Business`].
     /// It must not commit or roll back by itself. If it swallows an error after which the
-    /// database has given the transaction up, as PostgreSQL does after each, nothing is
-    /// committed and the result is [`TransactError::Commit`].
+    /// database has given the transaction up, as PostgreSQL does after each and SQLite after
+    /// some, nothing is committed and the result is [`TransactError::Commit`]. On SQLite the
+    /// SDK takes the commit hook of the connection for this, and leaves it without one.
     ///
     /// The deadline ([`with_deadline`](Self::with_deadline)) bounds everything before the
     /// closure. Dropping the future before COMMIT rolls back, dropping it later changes nothing.
@@ -145,7 +96,7 @@ impl Producer {
         F: AsyncFnOnce(&mut Tx<DB>) -> Result<T, E>,
     {
         let ends = Instant::now() + self.deadline;
-        let fence = self.shared.fences.identity(pool).await?;
+        let fence = self.shared.fences.identity(pool, ends).await?;
         let Some((mut tx, item)) = self.begin(pool, &message, fence, ends).await? else {
             return Ok(Outcome::AlreadyCommitted);
         };
@@ -250,7 +201,7 @@ impl Producer {
         let opening = {
             let pool = pool.clone();
             // If nobody waits for it any more, its result is dropped, which rolls back.
-            tokio::spawn(async move { begin_fenced(&pool, id).await })
+            tokio::spawn(async move { begin_fenced(&pool, id, ends).await })
         };
         let begun = match timeout_at(ends, opening).await {
             Ok(Ok(begun)) => begun,
@@ -275,15 +226,14 @@ impl Producer {
         tx: Tx<DB>,
         item: NewMessage,
     ) -> Result<(), TransactError<E>> {
-        let message_id = tx.message_id;
+        let message_id = tx.message_id();
         let (tell, told) = oneshot::channel();
         let (producer, pool) = (self.clone(), pool.clone());
         let task = self.shared.tasks.spawn(async move {
             hit(Point::PRODUCER_BEFORE_COMMIT);
-            let commit = match timeout(COMMIT_TIMEOUT, tx.commit()).await {
-                Ok(Ok(())) => Commit::Committed,
-                Ok(Err(error)) => ask_after_failed_commit(&pool, message_id, error).await,
-                Err(_) => ask_after_failed_commit(&pool, message_id, no_reply()).await,
+            let commit = match tx.commit().await {
+                Ok(()) => Commit::Committed,
+                Err(error) => ask_after_failed_commit(&pool, message_id, error).await,
             };
             let settled = match &commit {
                 Commit::Committed => {
@@ -315,10 +265,9 @@ impl Producer {
     async fn roll_back<DB: FenceDatabase>(&self, pool: &Pool<DB>, tx: Tx<DB>, item: NewMessage) {
         let (producer, pool) = (self.clone(), pool.clone());
         let task = self.shared.tasks.spawn(async move {
-            let id = tx.message_id;
-            let rolled_back = timeout(SETTLE_BUDGET, tx.transaction.rollback()).await;
-            if let Err(error) = rolled_back.unwrap_or_else(|_| Err(no_reply())) {
-                // Dropping the transaction has queued another rollback.
+            let id = tx.message_id();
+            if let Err(error) = tx.roll_back().await {
+                // Its connection is not used again, and its end is another rollback.
                 tracing::warn!(message.id = %id, %error, "the rollback of a business transaction failed");
             }
             hit(Point::PRODUCER_ROLLED_BACK);
@@ -411,37 +360,22 @@ impl Producer {
     }
 }
 
-/// Begins, with the fence row as the first statement.
+/// Begins until `ends`; a begin that hangs then is given up with its connection.
 async fn begin_fenced<DB: FenceDatabase>(
     pool: &Pool<DB>,
     id: Uuid,
+    ends: Instant,
 ) -> Result<Begun<DB>, sqlx::Error> {
-    let mut transaction = pool.begin_with(DB::BEGIN).await?;
-    match DB::insert(&mut transaction, id, FenceVerdict::Committed).await {
-        Ok(true) => {
-            hit(Point::PRODUCER_FENCED);
-            return Ok(Begun::Open(Tx {
-                transaction,
-                message_id: id,
-            }));
-        }
-        Ok(false) => {}
-        // Above READ COMMITTED this is how PostgreSQL says that a check was faster.
-        Err(error) if DB::is_busy(&error) => {}
-        Err(error) => return Err(error),
+    let begun = until(ends, Tx::begin(pool, id)).await;
+    if let Some(tx) = begun.unwrap_or(Err(sqlx::Error::PoolTimedOut))? {
+        return Ok(Begun::Open(tx));
     }
-    transaction.rollback().await?;
     // What the row says is read as a check reads it.
     match settle_in_task(pool, id, Asker::Sdk).await? {
         Settled::Committed => Ok(Begun::Fenced(FenceVerdict::Committed)),
         Settled::RolledBack => Ok(Begun::Fenced(FenceVerdict::RolledBack)),
         Settled::InProgress => Err(sqlx::Error::PoolTimedOut),
     }
-}
-
-/// What a database that does not answer is taken to have said.
-fn no_reply() -> sqlx::Error {
-    sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())
 }
 
 /// A commit that failed may have happened: only the fence knows.

@@ -1,12 +1,15 @@
 //! The statements, written once. What differs between the databases are their clock and how a
-//! claim passes over what another is claiming.
+//! claim passes over what another is claiming. Each is given up if it is not answered in time;
+//! those of the business transaction end with it.
 
 use std::time::Duration;
 
 use handfast_producer::Tx;
 use sqlx::{Pool, Postgres, Sqlite};
+use tokio::time::timeout;
 use uuid::Uuid;
 
+use super::held::{Held, STATEMENT_TIMEOUT};
 use super::{Order, Payment, Records, State, Store, Unpaid};
 
 /// `now` is the database's time in microseconds since 1970 UTC.
@@ -20,14 +23,15 @@ macro_rules! records {
             }
 
             async fn open_account(&self, name: &str, balance: i64) -> Result<(), sqlx::Error> {
-                sqlx::query(
+                let open = sqlx::query(
                     "INSERT INTO account (name, balance) VALUES ($1, $2)
                      ON CONFLICT (name) DO NOTHING",
                 )
                 .bind(name)
-                .bind(balance)
-                .execute(&self.writer)
-                .await?;
+                .bind(balance);
+                let mut db = Held::of(&self.writer).await?;
+                let opened = timeout(STATEMENT_TIMEOUT, open.execute(&mut *db)).await;
+                db.answered(opened)?;
                 Ok(())
             }
 
@@ -38,7 +42,7 @@ macro_rules! records {
                 amount: i64,
                 due_in: Duration,
             ) -> Result<Payment, sqlx::Error> {
-                let inserted = sqlx::query(concat!(
+                let insert = sqlx::query(concat!(
                     r#"INSERT INTO payment
                            (caller, order_id, "user", amount, state, created_at, updated_at, due_at)
                        SELECT $1, $2, $3, $4, 'PAYING', t.now, t.now, t.now + $5
@@ -50,10 +54,10 @@ macro_rules! records {
                 .bind(&order.order_id)
                 .bind(user)
                 .bind(amount)
-                .bind(micros(due_in))
-                .execute(&self.writer)
-                .await?;
-                if inserted.rows_affected() == 1 {
+                .bind(micros(due_in));
+                let mut db = Held::of(&self.writer).await?;
+                let inserted = timeout(STATEMENT_TIMEOUT, insert.execute(&mut *db)).await;
+                if db.answered(inserted)?.rows_affected() == 1 {
                     return Ok(Payment {
                         order: order.clone(),
                         user: user.to_owned(),
@@ -65,14 +69,15 @@ macro_rules! records {
             }
 
             async fn find(&self, order: &Order) -> Result<Option<Payment>, sqlx::Error> {
-                let row: Option<(String, i64, String, Option<String>)> = sqlx::query_as(
+                let find = sqlx::query_as(
                     r#"SELECT "user", amount, state, reason
                          FROM payment WHERE caller = $1 AND order_id = $2"#,
                 )
                 .bind(&order.caller)
-                .bind(&order.order_id)
-                .fetch_optional(&self.readers)
-                .await?;
+                .bind(&order.order_id);
+                let mut db = Held::of(&self.readers).await?;
+                let found = timeout(STATEMENT_TIMEOUT, find.fetch_optional(&mut *db)).await;
+                let row: Option<(String, i64, String, Option<String>)> = db.answered(found)?;
                 let Some((user, amount, word, reason)) = row else {
                     return Ok(None);
                 };
@@ -85,28 +90,30 @@ macro_rules! records {
             }
 
             async fn note_try(&self, try_id: Uuid, order: &Order) -> Result<(), sqlx::Error> {
-                sqlx::query(concat!(
+                let note = sqlx::query(concat!(
                     "INSERT INTO pay_try (try_id, caller, order_id, at)
                      VALUES ($1, $2, $3, ", $now, ")",
                 ))
                 .bind(try_id)
                 .bind(&order.caller)
-                .bind(&order.order_id)
-                .execute(&self.writer)
-                .await?;
+                .bind(&order.order_id);
+                let mut db = Held::of(&self.writer).await?;
+                let noted = timeout(STATEMENT_TIMEOUT, note.execute(&mut *db)).await;
+                db.answered(noted)?;
                 Ok(())
             }
 
             async fn refuse(&self, order: &Order, reason: &str) -> Result<(), sqlx::Error> {
-                sqlx::query(concat!(
+                let refuse = sqlx::query(concat!(
                     "UPDATE payment SET state = 'REFUSED', reason = $1, updated_at = ", $now,
                     " WHERE caller = $2 AND order_id = $3 AND state = 'PAYING'",
                 ))
                 .bind(reason)
                 .bind(&order.caller)
-                .bind(&order.order_id)
-                .execute(&self.writer)
-                .await?;
+                .bind(&order.order_id);
+                let mut db = Held::of(&self.writer).await?;
+                let refused = timeout(STATEMENT_TIMEOUT, refuse.execute(&mut *db)).await;
+                db.answered(refused)?;
                 Ok(())
             }
 
@@ -115,7 +122,7 @@ macro_rules! records {
                 lease: Duration,
                 rows: u32,
             ) -> Result<Vec<Order>, sqlx::Error> {
-                let orders: Vec<(String, String)> = sqlx::query_as(concat!(
+                let claim = sqlx::query_as(concat!(
                     "WITH due AS MATERIALIZED (
                          SELECT caller, order_id FROM payment
                           WHERE state = 'PAYING' AND due_at <= ", $now, "
@@ -125,9 +132,10 @@ macro_rules! records {
                      RETURNING caller, order_id",
                 ))
                 .bind(micros(lease))
-                .bind(i64::from(rows))
-                .fetch_all(&self.writer)
-                .await?;
+                .bind(i64::from(rows));
+                let mut db = Held::of(&self.writer).await?;
+                let claimed = timeout(STATEMENT_TIMEOUT, claim.fetch_all(&mut *db)).await;
+                let orders: Vec<(String, String)> = db.answered(claimed)?;
                 let orders = orders.into_iter();
                 Ok(orders
                     .map(|(caller, order_id)| Order { caller, order_id })
@@ -135,12 +143,13 @@ macro_rules! records {
             }
 
             async fn has_due(&self) -> Result<bool, sqlx::Error> {
-                sqlx::query_scalar(concat!(
+                let ask = sqlx::query_scalar(concat!(
                     "SELECT EXISTS (SELECT 1 FROM payment
                                      WHERE state = 'PAYING' AND due_at <= ", $now, ")",
-                ))
-                .fetch_one(&self.readers)
-                .await
+                ));
+                let mut db = Held::of(&self.readers).await?;
+                let answer = timeout(STATEMENT_TIMEOUT, ask.fetch_one(&mut *db)).await;
+                db.answered(answer)
             }
 
             async fn pay(

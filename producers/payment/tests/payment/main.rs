@@ -3,6 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
 mod database;
+mod hung;
+#[expect(dead_code, reason = "the SDK's tests use more of it than these")]
+#[path = "../../../sdk/tests/sdk/postgres/proxy.rs"]
+mod proxy;
 #[expect(dead_code, reason = "the SDK's tests use more of it than these")]
 #[path = "../../../sdk/tests/sdk/scripted.rs"]
 mod scripted;

@@ -4,19 +4,12 @@
 //! whatever the default is: at a higher level it would read as of before it waited. It holds
 //! the lock of one row at most and waits for one at most, so it can never be part of a deadlock.
 
-use std::time::Duration;
-
 use handfast_migrations::Owner;
-use sqlx::postgres::{PgConnection, PgPoolOptions, Postgres};
+use sqlx::postgres::{PgConnectOptions, PgConnection, Postgres};
 use sqlx::{Connection as _, PgPool};
 use uuid::Uuid;
 
 use super::{FenceDatabase, FenceError, FenceIdentity, FenceVerdict, read, verdict};
-
-/// Connections that status checks use at most.
-const CHECK_CONNECTIONS: u32 = 2;
-/// A status check does not wait longer than this for one of them.
-const CHECK_ACQUIRE_WAIT: Duration = Duration::from_secs(2);
 
 const UNDEFINED_TABLE: &str = "42P01";
 const LOCK_NOT_AVAILABLE: &str = "55P03";
@@ -61,14 +54,25 @@ impl FenceDatabase for Postgres {
         Ok(FenceIdentity::from_bytes(identity.into_bytes()))
     }
 
-    fn check_pool(pool: &PgPool) -> PgPool {
-        PgPoolOptions::new()
-            .max_connections(CHECK_CONNECTIONS)
-            .acquire_timeout(CHECK_ACQUIRE_WAIT)
-            .connect_lazy_with((*pool.connect_options()).clone())
+    fn check_options(pool: &PgPool) -> PgConnectOptions {
+        (*pool.connect_options()).clone()
     }
 
-    async fn may_commit(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    async fn hold(_: &mut PgConnection) -> Result<(), sqlx::Error> {
+        // After an error PostgreSQL refuses every statement until the transaction is ended.
+        Ok(())
+    }
+
+    async fn release(_: &mut PgConnection) -> Result<(), sqlx::Error> {
+        Ok(())
+    }
+
+    async fn has_ended(_: &mut PgConnection, _: Uuid) -> Result<bool, sqlx::Error> {
+        // It may have, by a statement of the business; a rollback is no error even then.
+        Ok(false)
+    }
+
+    async fn may_commit(connection: &mut PgConnection, _: Uuid) -> Result<bool, sqlx::Error> {
         // The fence row has made an id for the transaction. The table is not asked: under
         // SERIALIZABLE, businesses that read it would refuse each other.
         sqlx::query_scalar("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")

@@ -2,11 +2,15 @@
 //!
 //! Every transaction begins IMMEDIATE: a deferred one would find out at its first write that
 //! another was faster, and could not wait.
+//!
+//! After some errors, such as a full disk, SQLite rolls the whole transaction back by itself,
+//! and each statement from there on commits by itself. So a commit hook refuses every commit
+//! while the business runs, and the SDK's own COMMIT comes only if the fence row is still there.
 
 use std::time::Duration;
 
 use handfast_migrations::Owner;
-use sqlx::sqlite::{Sqlite, SqliteConnection, SqlitePoolOptions};
+use sqlx::sqlite::{Sqlite, SqliteConnectOptions, SqliteConnection};
 use sqlx::{Pool, SqlitePool};
 use uuid::Uuid;
 
@@ -14,10 +18,6 @@ use super::{FenceDatabase, FenceError, FenceIdentity, FenceVerdict, read, verdic
 
 /// Longer than this a status check does not wait for the business's lock.
 const CHECK_LOCK_WAIT: Duration = Duration::from_millis(200);
-/// Connections that status checks use at most.
-const CHECK_CONNECTIONS: u32 = 2;
-/// A status check does not wait longer than this for one of them.
-const CHECK_ACQUIRE_WAIT: Duration = Duration::from_secs(2);
 
 /// `synchronous = FULL`; EXTRA is above it.
 const SYNCHRONOUS_FULL: i64 = 2;
@@ -52,20 +52,31 @@ impl FenceDatabase for Sqlite {
         Ok(FenceIdentity::from_bytes(bytes))
     }
 
-    fn check_pool(pool: &SqlitePool) -> SqlitePool {
-        let options = (*pool.connect_options())
+    fn check_options(pool: &SqlitePool) -> SqliteConnectOptions {
+        (*pool.connect_options())
             .clone()
             .create_if_missing(false)
-            .busy_timeout(CHECK_LOCK_WAIT);
-        SqlitePoolOptions::new()
-            .max_connections(CHECK_CONNECTIONS)
-            .acquire_timeout(CHECK_ACQUIRE_WAIT)
-            .connect_lazy_with(options)
+            .busy_timeout(CHECK_LOCK_WAIT)
     }
 
-    async fn may_commit(_: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
-        // If SQLite has ended the transaction by itself, COMMIT is an error.
-        Ok(true)
+    async fn hold(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        connection.lock_handle().await?.set_commit_hook(|| false);
+        Ok(())
+    }
+
+    async fn release(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        connection.lock_handle().await?.remove_commit_hook();
+        Ok(())
+    }
+
+    async fn has_ended(connection: &mut SqliteConnection, id: Uuid) -> Result<bool, sqlx::Error> {
+        // While commits are held, a row that is there was written by the open transaction.
+        let verdict = Self::read(connection, id).await?;
+        Ok(verdict != Some(FenceVerdict::Committed))
+    }
+
+    async fn may_commit(connection: &mut SqliteConnection, id: Uuid) -> Result<bool, sqlx::Error> {
+        Ok(!Self::has_ended(connection, id).await?)
     }
 
     async fn insert(

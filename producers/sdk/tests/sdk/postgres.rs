@@ -2,8 +2,10 @@
 
 mod checks;
 mod dropped;
+mod hung;
 mod links;
 mod proxy;
+mod schema;
 mod transact;
 
 use std::time::Duration;

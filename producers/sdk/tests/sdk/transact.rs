@@ -5,19 +5,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::scripted::{Fault, Scripted};
-use crate::world::{World, buy, count, open, options};
+use crate::world::{World, buy, count, message, open, options};
 use handfast_producer::proto::v1::MessageState;
-use handfast_producer::{
-    Fence, FenceError, Message, Outcome, Producer, Settled, TransactError, Tx,
-};
+use handfast_producer::{Fence, FenceError, Outcome, Producer, Settled, TransactError, Tx};
 use sqlx::{Connection as _, Sqlite, SqliteConnection, SqlitePool};
 use tokio::sync::Notify;
 use tonic::Code;
 use uuid::Uuid;
-
-fn message() -> Message {
-    Message::new("order.paid").payload("text/plain", "42")
-}
 
 #[tokio::test]
 async fn a_commit_confirms_its_message() {

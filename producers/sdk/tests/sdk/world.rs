@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use handfast_producer::{Producer, migrate};
+use handfast_producer::{Message, Producer, migrate};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{SqliteConnection, SqlitePool};
 use tempfile::TempDir;
@@ -76,6 +76,10 @@ pub(crate) async fn open(folder: &TempDir, name: &str) -> SqlitePool {
 
 pub(crate) async fn count(pool: &SqlitePool, sql: &'static str) -> i64 {
     sqlx::query_scalar(sql).fetch_one(pool).await.unwrap()
+}
+
+pub(crate) fn message() -> Message {
+    Message::new("order.paid").payload("text/plain", "42")
 }
 
 /// The business of these tests.

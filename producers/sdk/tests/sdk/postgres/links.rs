@@ -10,16 +10,8 @@ use crate::asking::Asking;
 
 /// A proxy before the shop's database, and a pool behind which it stands.
 async fn link(shop: &Shop) -> (Proxy, PgPool) {
-    let options = shop.scratch.options();
-    let server = tokio::net::lookup_host((options.get_host(), options.get_port()))
-        .await
-        .unwrap()
-        .next()
-        .unwrap();
-    let proxy = Proxy::before(server).await;
-    let options = options
-        .host(&proxy.address.ip().to_string())
-        .port(proxy.address.port());
+    let proxy = Proxy::before(&shop.scratch.options()).await;
+    let options = proxy.options(shop.scratch.options());
     (proxy, pool(options, 2))
 }
 
