@@ -42,9 +42,6 @@ pub trait Books: InboxDatabase {
         message: &Delivered,
         payment: &Payment,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
-
-    /// Whether an error of this code is a rule of the schema that refused.
-    fn is_rule(code: &str) -> bool;
 }
 
 /// The handler of `payment.completed`.
@@ -59,14 +56,21 @@ impl<D: Books> BatchHandler<D> for Accounting {
         };
         let mut answers = Vec::with_capacity(messages.len());
         for (message, id) in messages.iter().zip(ids) {
-            answers.push(match Payment::read(&message.payload) {
-                Ok(payment) => match D::book(tx, id, message, &payment).await {
-                    Ok(()) => Answer::Consumed,
-                    Err(error) => word_on::<D>(&error),
-                },
-                Err(unreadable) => Answer::rejected(unreadable),
-            });
+            let payment = match Payment::read(&message.payload) {
+                Ok(payment) => payment,
+                Err(unreadable) => {
+                    answers.push(Answer::rejected(unreadable));
+                    continue;
+                }
+            };
+            if let Err(error) = D::book(tx, id, message, &payment).await {
+                answers.push(word_on::<D>(&error));
+                break;
+            }
+            answers.push(Answer::Consumed);
         }
+        // After an error nothing of the batch stays, and each message gets its turn alone.
+        answers.resize(messages.len(), Answer::Later(DATABASE_LATER));
         answers
     }
 }
@@ -76,7 +80,7 @@ impl<D: Books> BatchHandler<D> for Accounting {
 fn word_on<D: Books>(error: &sqlx::Error) -> Answer {
     let code = error.as_database_error().and_then(DatabaseError::code);
     match code {
-        Some(code) if D::is_rule(&code) => Answer::failed(error),
+        Some(code) if D::is_about_data(&code) => Answer::failed(error),
         _ => Answer::Later(DATABASE_LATER),
     }
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 use database::Database;
 use handfast_consumer::{Consumer, Source, handfast, rabbitmq};
 use sqlx::Pool;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 pub use book::{Accounting, Books};
@@ -25,6 +26,8 @@ pub use payment::{Payment, Unreadable};
 pub const TOPIC: &str = "payment.completed";
 /// The subscription on it.
 pub const SUBSCRIPTION: &str = "accounting";
+/// How long the database's connections are waited for at the end.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 /// Why accounting cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +88,8 @@ async fn consume<D: Books>(
         .max_batch(options.max_batch as usize)
         .run_batch(Accounting, shutdown)
         .await?;
-    pool.close().await;
+    // A connection that is still at work at the drain deadline must not keep the process.
+    let _ = timeout(CLOSE_WAIT, pool.close()).await;
     Ok(())
 }
 
@@ -128,6 +132,25 @@ mod tests {
         tokio::task::yield_now().await;
         shutdown.cancel();
         running.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_does_not_come_back_does_not_keep_the_process() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join("consumer.db").display().to_string();
+        let options = options(AWAY[0], path);
+        let shutdown = CancellationToken::new();
+        let Some(Database::Sqlite(pool)) =
+            Database::open(&options.database, &shutdown).await.unwrap()
+        else {
+            panic!("a file is SQLite");
+        };
+        let _kept = pool.acquire().await.unwrap();
+        let consumer = Consumer::connect(source(&options)).await.unwrap();
+        shutdown.cancel();
+        let stopped = consume(consumer, pool, options, shutdown);
+        let stopped = timeout(Duration::from_secs(20), stopped).await;
+        stopped.expect("it waits for a connection").unwrap();
     }
 
     #[tokio::test]

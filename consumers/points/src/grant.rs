@@ -30,9 +30,6 @@ pub trait Grants: InboxDatabase {
         message: &Delivered,
         payment: &Payment,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
-
-    /// Whether an error of this code is a rule of the schema that refused.
-    fn is_rule(code: &str) -> bool;
 }
 
 /// The handler of `payment.completed`.
@@ -53,7 +50,9 @@ impl<D: Grants> BatchHandler<D> for Points {
         payments.sort_by(|(_, one), (_, other)| one.user.cmp(&other.user));
         for (index, payment) in payments {
             if let Err(error) = D::grant(tx, &messages[index], &payment).await {
+                // Nothing of the batch stays now, and each message gets its turn alone.
                 answers[index] = word_on::<D>(&error);
+                break;
             }
         }
         answers
@@ -70,7 +69,7 @@ fn points(payment: &Payment) -> i64 {
 fn word_on<D: Grants>(error: &sqlx::Error) -> Answer {
     let code = error.as_database_error().and_then(DatabaseError::code);
     match code {
-        Some(code) if D::is_rule(&code) => Answer::failed(error),
+        Some(code) if D::is_about_data(&code) => Answer::failed(error),
         _ => Answer::Later(DATABASE_LATER),
     }
 }

@@ -11,10 +11,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 use crate::consumer::Options;
-use crate::effect::{Effects, Limits};
+use crate::effect::{COMMIT_WAIT, Effects, Limits};
 use crate::error::Error;
 use crate::handler::BatchHandler;
-use crate::inbox::{self, InboxDatabase, prune};
+use crate::inbox::prune::Pruner;
+use crate::inbox::{self, InboxDatabase};
 use crate::queue::Queue;
 use crate::report::Report;
 use crate::source::{Link, Opener, Order};
@@ -36,12 +37,9 @@ pub(crate) async fn run<D: InboxDatabase, H: BatchHandler<D>>(
     // Ends the pruning also when this future is dropped.
     let over = CancellationToken::new();
     let _over = over.clone().drop_guard();
-    tokio::spawn(prune::run(
-        pool.clone(),
-        options.subscription.clone(),
-        options.retention,
-        over,
-    ));
+    let subscription = options.subscription.clone();
+    let pruner = Pruner::new(pool.clone(), subscription, options.retention);
+    tokio::spawn(pruner.run(over));
 
     let link = opener.open(Order {
         topic: options.topic.clone(),
@@ -62,6 +60,7 @@ pub(crate) async fn run<D: InboxDatabase, H: BatchHandler<D>>(
         limits: Limits {
             handler_timeout: options.handler_timeout,
             inbox_wait: options.inbox_wait,
+            commit_wait: COMMIT_WAIT,
             remembers: options.remembers(),
         },
         answers: link.answers.clone(),

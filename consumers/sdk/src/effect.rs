@@ -4,17 +4,18 @@
 //! included, and the messages are tried one by one, so that one bad message does not hold up
 //! its neighbours.
 
+#[cfg(test)]
+mod tests;
+mod transaction;
+
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use handfast_fail_points::{Point, hit};
-use sqlx::pool::PoolConnection;
-use sqlx::{AssertSqlSafe, Connection as _, Pool};
+use sqlx::Pool;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout, timeout_at};
-use uuid::Uuid;
+use tokio::time::{Instant, timeout};
 
 use crate::handler::BatchHandler;
 use crate::inbox::prune::micros;
@@ -24,8 +25,9 @@ use crate::report::Report;
 
 /// How long a message waits that met a database which did not take it.
 const DATABASE_LATER: Duration = Duration::from_secs(1);
-/// How long the end of a transaction is waited for before its connection is given up.
-const ROLLBACK_WAIT: Duration = Duration::from_secs(2);
+/// How long a commit is waited for. Longer than any disk takes: what a database does that gives
+/// no word for so long is known only to the inbox.
+pub(crate) const COMMIT_WAIT: Duration = Duration::from_secs(30);
 /// Why a message that the inbox may have forgotten is not applied.
 const TOO_OLD: &str = "older than the inbox remembers";
 
@@ -36,6 +38,8 @@ pub(crate) struct Limits {
     pub(crate) handler_timeout: Duration,
     /// For a connection, the begin and the inbox rows together.
     pub(crate) inbox_wait: Duration,
+    /// For the commit.
+    pub(crate) commit_wait: Duration,
     /// What was first sent longer ago and is not in the inbox may have been applied.
     pub(crate) remembers: Duration,
 }
@@ -64,25 +68,37 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
     pub(crate) async fn apply(&self, batch: &[Delivered]) -> Report {
         let mut report = Report::default();
         match self.attempt(batch).await {
-            Outcome::Undone(_) if batch.len() > 1 => {
-                let mut rest = batch;
-                while let Some((message, others)) = rest.split_first() {
-                    let one = std::slice::from_ref(message);
-                    match self.attempt(one).await {
-                        // Each of the others would only wait as long, for the same reason.
-                        Outcome::Unavailable(reason) => {
-                            let all = Outcome::Unavailable(reason);
-                            self.settle(rest, all, &mut report).await;
-                            break;
-                        }
-                        outcome => self.settle(one, outcome, &mut report).await,
-                    }
-                    rest = others;
-                }
+            Outcome::Undone(answers) if batch.len() > 1 => {
+                self.one_by_one(batch, answers, &mut report).await;
             }
             outcome => self.settle(batch, outcome, &mut report).await,
         }
         report
+    }
+
+    /// Tries each message of a batch that was undone with these answers by itself.
+    async fn one_by_one(&self, batch: &[Delivered], answers: Vec<Answer>, report: &mut Report) {
+        let mut rest = batch;
+        while let Some((message, others)) = rest.split_first() {
+            let one = std::slice::from_ref(message);
+            match self.attempt(one).await {
+                // What the batch left behind may be in its own way. If nobody failed by it, it
+                // would come back the same for ever.
+                Outcome::Unavailable(reason) if rest.len() == batch.len() => {
+                    let words = answers.into_iter().map(failed_or_later).collect();
+                    self.settle(batch, Outcome::Undone(words), report).await;
+                    report.database_unavailable = Some(reason);
+                    return;
+                }
+                // Each of the others would only wait as long, for the same reason.
+                Outcome::Unavailable(reason) => {
+                    let all = Outcome::Unavailable(reason);
+                    return self.settle(rest, all, report).await;
+                }
+                outcome => self.settle(one, outcome, report).await,
+            }
+            rest = others;
+        }
     }
 
     async fn settle(&self, batch: &[Delivered], outcome: Outcome, report: &mut Report) {
@@ -117,81 +133,6 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
             tracing::debug!(message.id = %message.message_id, ?answer, "answers");
             // It fails only if the consumer has given up its link; then nobody listens.
             let _ = self.answers.send(Answered::new(message, answer)).await;
-        }
-    }
-
-    async fn attempt(&self, batch: &[Delivered]) -> Outcome {
-        let deadline = Instant::now() + self.limits.inbox_wait;
-        let mut held = match timeout_at(deadline, self.pool.acquire()).await {
-            Ok(Ok(connection)) => Held {
-                connection,
-                clean: false,
-            },
-            Ok(Err(error)) => return Outcome::Unavailable(error.to_string()),
-            Err(_) => return self.waited("a connection"),
-        };
-        let (outcome, clean) = self
-            .transaction(&mut held.connection, batch, deadline)
-            .await;
-        held.clean = clean;
-        outcome
-    }
-
-    /// True beside the outcome if the connection is certainly outside of a transaction.
-    async fn transaction(
-        &self,
-        connection: &mut D::Connection,
-        batch: &[Delivered],
-        deadline: Instant,
-    ) -> (Outcome, bool) {
-        let mut ids: Vec<Uuid> = batch.iter().map(|message| message.message_id).collect();
-        ids.sort_unstable();
-        let begun = timeout_at(deadline, async {
-            // The statement is made of the program's own words and a number.
-            let begin = AssertSqlSafe(D::begin(self.limits.inbox_wait));
-            let mut tx = connection.begin_with(begin).await?;
-            let seen = D::record(&mut tx, &self.subscription, &ids).await?;
-            Ok::<_, sqlx::Error>((tx, seen))
-        });
-        let (mut tx, seen) = match begun.await {
-            Ok(Ok(begun)) => begun,
-            Ok(Err(error)) => return (Outcome::Unavailable(error.to_string()), false),
-            Err(_) => return (self.waited("the inbox"), false),
-        };
-        hit(Point::CONSUMER_INBOX_WRITTEN);
-
-        let repeats: Vec<bool> = batch
-            .iter()
-            .map(|message| repeated(message, &seen))
-            .collect();
-        let answers = self.answers(&mut tx, batch, &repeats, &seen).await;
-        if answers.iter().any(|answer| *answer != Answer::Consumed) {
-            let clean = matches!(timeout(ROLLBACK_WAIT, tx.rollback()).await, Ok(Ok(())));
-            return (Outcome::Undone(answers), clean);
-        }
-        let refused = match D::refuses_commit(&mut tx).await {
-            Ok(refused) => refused,
-            Err(error) => return (Outcome::Unavailable(error.to_string()), false),
-        };
-        if let Some(reason) = refused {
-            let answers = vec![Answer::failed(reason); batch.len()];
-            return (Outcome::Undone(answers), false);
-        }
-        hit(Point::CONSUMER_BEFORE_COMMIT);
-        match tx.commit().await {
-            Ok(()) => {
-                hit(Point::CONSUMER_AFTER_COMMIT);
-                (Outcome::Committed(repeats), true)
-            }
-            Err(error) if is_about_data(&error) => {
-                let reason = Answer::Failed(format!("cannot commit: {error}"));
-                (Outcome::Undone(vec![reason; batch.len()]), false)
-            }
-            // It may be durable all the same; then the next copy finds its inbox row.
-            Err(error) => (
-                Outcome::Unavailable(format!("cannot commit: {error}")),
-                false,
-            ),
         }
     }
 
@@ -258,42 +199,14 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
         };
         vec![Answer::Failed(reason); new.len()]
     }
+}
 
-    fn waited(&self, what: &str) -> Outcome {
-        let limit_ms = self.limits.inbox_wait.as_millis();
-        Outcome::Unavailable(format!("waited {limit_ms} ms for {what}"))
+/// Keeps the word on a message that failed; about every other nothing is known yet.
+fn failed_or_later(answer: Answer) -> Answer {
+    match answer {
+        Answer::Failed(reason) => Answer::Failed(reason),
+        Answer::Consumed | Answer::Later(_) | Answer::Rejected(_) => Answer::Later(DATABASE_LATER),
     }
-}
-
-/// A pooled connection that goes back to its pool only when it is known to be clean.
-///
-/// A begin, statement or commit that was dropped half-way leaves a connection that may still
-/// be inside a transaction. Closing it rolls back; the pool opens another.
-struct Held<D: InboxDatabase> {
-    connection: PoolConnection<D>,
-    clean: bool,
-}
-
-impl<D: InboxDatabase> Drop for Held<D> {
-    fn drop(&mut self) {
-        if !self.clean {
-            self.connection.close_on_drop();
-        }
-    }
-}
-
-fn repeated(message: &Delivered, seen: &[Seen]) -> bool {
-    seen.iter()
-        .any(|seen| seen.message_id == message.message_id && seen.times > 1)
-}
-
-/// Whether a commit failed by a rule of the schema, which waiting does not heal.
-fn is_about_data(error: &sqlx::Error) -> bool {
-    error.as_database_error().is_some_and(|error| {
-        error.is_unique_violation()
-            || error.is_foreign_key_violation()
-            || error.is_check_violation()
-    })
 }
 
 fn text(panic: &(dyn Any + Send)) -> &str {

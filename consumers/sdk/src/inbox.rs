@@ -3,8 +3,10 @@
 //! A message's row is inserted in the transaction of its effect, before the effect. Whoever
 //! finds the row there already knows that the effect is durable and only answers again.
 
+pub(crate) mod held;
 mod postgres;
 pub(crate) mod prune;
+mod seal;
 mod sqlite;
 
 use std::future::Future;
@@ -14,6 +16,8 @@ use sqlx::Pool;
 use uuid::Uuid;
 
 use crate::error::Error;
+
+pub use seal::Seal;
 
 /// The connection inside the open transaction that holds the inbox rows and takes the effect.
 ///
@@ -31,8 +35,21 @@ pub trait InboxDatabase: sqlx::Database {
     const CONCURRENCY: usize;
 
     /// The statement that begins a transaction which will write and whose commit will be
-    /// durable. The database waits for another's inbox row at most this long.
-    fn begin(wait: Duration) -> String;
+    /// durable. The database waits for another's inbox row at most `wait`, and leaves no
+    /// statement running that nobody waits for any more, once it has run for `handler_timeout`.
+    fn begin(wait: Duration, handler_timeout: Duration) -> String;
+
+    /// Right after the begin: whatever is written on the connection from now on is committed
+    /// only when the seal lets it, also if the transaction is lost before its end.
+    fn seal(
+        connection: &mut Self::Connection,
+        seal: &Seal,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// After the end of the transaction: takes the seal off the connection.
+    fn unseal(
+        connection: &mut Self::Connection,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Creates or updates the inbox's tables. A schema newer than this program is refused.
     fn migrate(connection: &mut Self::Connection)
@@ -56,7 +73,12 @@ pub trait InboxDatabase: sqlx::Database {
     /// effect though it would not fail, if there is such a reason.
     fn refuses_commit(
         connection: &mut Self::Connection,
+        seal: &Seal,
     ) -> impl Future<Output = Result<Option<&'static str>, sqlx::Error>> + Send;
+
+    /// Whether an error of this code is about the data, such as a rule of the schema that
+    /// refused them. Waiting does not heal it.
+    fn is_about_data(code: &str) -> bool;
 
     /// The database's time, in microseconds since 1970 UTC.
     fn now(

@@ -14,18 +14,17 @@
 //!
 //! impl BatchHandler for Accounting {
 //!     async fn handle_batch(&self, tx: &mut Tx, messages: &[Delivered]) -> Vec<Answer> {
-//!         let mut answers = Vec::new();
 //!         for message in messages {
 //!             let booked = sqlx::query("INSERT INTO voucher (message_id) VALUES (?)")
 //!                 .bind(message.message_id.as_bytes().as_slice())
 //!                 .execute(&mut *tx)
 //!                 .await;
-//!             answers.push(match booked {
-//!                 Ok(_) => Answer::Consumed,
-//!                 Err(error) => Answer::failed(error),
-//!             });
+//!             if let Err(error) = booked {
+//!                 // Nothing of the batch stays; each message gets its turn alone.
+//!                 return vec![Answer::failed(error); messages.len()];
+//!             }
 //!         }
-//!         answers
+//!         vec![Answer::Consumed; messages.len()]
 //!     }
 //! }
 //!
@@ -145,7 +144,7 @@ pub use consumer::{Consumer, MAX_BATCH, MAX_PREFETCH, Subscriber, Subscription};
 pub use error::Error;
 pub use guard::{Columns, Guard, GuardConnection, GuardError, Key, Transition, Unordered};
 pub use handler::{BatchHandler, Handler};
-pub use inbox::{InboxDatabase, Seen, Tx, migrate};
+pub use inbox::{InboxDatabase, Seal, Seen, Tx, migrate};
 pub use message::{Answer, Delivered};
 pub use report::Report;
 pub use source::{RabbitMq, Source, handfast, rabbitmq};

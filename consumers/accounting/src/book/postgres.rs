@@ -6,10 +6,6 @@ use sqlx::{PgConnection, Postgres};
 use super::{Books, LINES, VOUCHER};
 use crate::payment::Payment;
 
-/// Classes of errors that are about the data: not storable, against a constraint, refused by a
-/// trigger.
-const RULES: [&str; 3] = ["22", "23", "P0"];
-
 impl Books for Postgres {
     async fn numbers(tx: &mut Tx<Self>, count: usize) -> Result<Vec<i64>, sqlx::Error> {
         sqlx::query_scalar("SELECT nextval('voucher_number') FROM generate_series(1, $1)")
@@ -43,10 +39,6 @@ impl Books for Postgres {
             .execute(tx)
             .await?;
         Ok(())
-    }
-
-    fn is_rule(code: &str) -> bool {
-        RULES.iter().any(|class| code.starts_with(class))
     }
 }
 

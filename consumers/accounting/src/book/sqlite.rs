@@ -6,8 +6,6 @@ use sqlx::{Sqlite, SqliteConnection};
 use super::{Books, LINES, VOUCHER};
 use crate::payment::Payment;
 
-const SQLITE_CONSTRAINT: u32 = 19;
-
 impl Books for Sqlite {
     async fn numbers(tx: &mut Tx<Self>, count: usize) -> Result<Vec<i64>, sqlx::Error> {
         // The transaction is the only writer, so the numbers behind the last one are free.
@@ -41,10 +39,5 @@ impl Books for Sqlite {
             .execute(tx)
             .await?;
         Ok(())
-    }
-
-    fn is_rule(code: &str) -> bool {
-        code.parse()
-            .is_ok_and(|code: u32| code & 0xff == SQLITE_CONSTRAINT)
     }
 }

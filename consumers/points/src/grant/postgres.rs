@@ -6,10 +6,6 @@ use sqlx::Postgres;
 use super::{GRANT, Grants, points};
 use crate::payment::Payment;
 
-/// Classes of errors that are about the data: not storable, against a constraint, refused by a
-/// trigger.
-const RULES: [&str; 3] = ["22", "23", "P0"];
-
 impl Grants for Postgres {
     async fn grant(
         tx: &mut Tx<Self>,
@@ -25,10 +21,6 @@ impl Grants for Postgres {
             .execute(tx)
             .await?;
         Ok(())
-    }
-
-    fn is_rule(code: &str) -> bool {
-        RULES.iter().any(|class| code.starts_with(class))
     }
 }
 

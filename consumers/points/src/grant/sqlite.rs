@@ -6,8 +6,6 @@ use sqlx::Sqlite;
 use super::{GRANT, Grants, points};
 use crate::payment::Payment;
 
-const SQLITE_CONSTRAINT: u32 = 19;
-
 impl Grants for Sqlite {
     async fn grant(
         tx: &mut Tx<Self>,
@@ -23,10 +21,5 @@ impl Grants for Sqlite {
             .execute(tx)
             .await?;
         Ok(())
-    }
-
-    fn is_rule(code: &str) -> bool {
-        code.parse()
-            .is_ok_and(|code: u32| code & 0xff == SQLITE_CONSTRAINT)
     }
 }

@@ -7,11 +7,14 @@ use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgConnection, Postgres};
 use uuid::Uuid;
 
-use super::{InboxDatabase, Seen};
+use super::{InboxDatabase, Seal, Seen};
 use crate::error::Error;
 
 /// A statement came after one that failed, and nothing of the transaction can be committed.
 const IN_FAILED_SQL_TRANSACTION: &str = "25P02";
+/// Classes of errors that are about the data: not storable, against a constraint, raised by a
+/// trigger. A deferred constraint or trigger brings them at the commit.
+const ABOUT_DATA: [&str; 3] = ["22", "23", "P0"];
 
 impl InboxDatabase for Postgres {
     // Enough to work while another commits; more of them would only wait for the same disk.
@@ -19,14 +22,27 @@ impl InboxDatabase for Postgres {
 
     // READ COMMITTED whatever the default is: at a higher level, whoever waited for another's
     // inbox row gets an error instead of the row.
-    fn begin(wait: Duration) -> String {
-        // Without the time-out the server goes on waiting when nobody waits for it any more.
-        // 0 would mean for ever.
-        let wait_ms = wait.as_millis().clamp(1, i32::MAX as u128);
+    fn begin(wait: Duration, handler_timeout: Duration) -> String {
+        // Without the time-outs the server goes on waiting when nobody waits for it any more,
+        // and holds the inbox rows meanwhile. If the pool's own bound for a statement is
+        // stricter, it stays.
+        let (wait_ms, statement_ms) = (milliseconds(wait), milliseconds(handler_timeout));
         format!(
             "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; \
-             SET LOCAL lock_timeout = {wait_ms}"
+             SET LOCAL lock_timeout = {wait_ms}; \
+             SELECT set_config('statement_timeout', least({statement_ms}, nullif(extract(epoch \
+             FROM current_setting('statement_timeout')::interval) * 1000, 0))::bigint::text, true)"
         )
+    }
+
+    // PostgreSQL takes nothing but a rollback after an error, so there is nothing to seal:
+    // whether the transaction is still the one with the inbox rows is asked before the commit.
+    async fn seal(_connection: &mut PgConnection, _seal: &Seal) -> Result<(), sqlx::Error> {
+        Ok(())
+    }
+
+    async fn unseal(_connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        Ok(())
     }
 
     async fn migrate(connection: &mut PgConnection) -> Result<(), Error> {
@@ -67,7 +83,7 @@ impl InboxDatabase for Postgres {
         .bind(ids)
         .fetch_all(&mut *connection)
         .await?;
-        // What the handler's own statements wait for is the handler's to bound.
+        // Which locks the handler's own statements wait for is the handler's to bound.
         sqlx::query("SET LOCAL lock_timeout TO DEFAULT")
             .execute(connection)
             .await?;
@@ -81,6 +97,7 @@ impl InboxDatabase for Postgres {
 
     async fn refuses_commit(
         connection: &mut PgConnection,
+        _seal: &Seal,
     ) -> Result<Option<&'static str>, sqlx::Error> {
         // COMMIT of a failed transaction is a rollback that is no error. The inbox rows have
         // made an id for the transaction, which a transaction of the handler's has not.
@@ -96,6 +113,10 @@ impl InboxDatabase for Postgres {
             )),
             Err(error) => Err(error),
         }
+    }
+
+    fn is_about_data(code: &str) -> bool {
+        ABOUT_DATA.iter().any(|class| code.starts_with(class))
     }
 
     async fn now(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
@@ -134,6 +155,11 @@ impl InboxDatabase for Postgres {
     }
 }
 
+/// As a time-out of the server, of which 0 would mean for ever.
+fn milliseconds(limit: Duration) -> u128 {
+    limit.as_millis().clamp(1, i32::MAX as u128)
+}
+
 fn has_failed(error: &sqlx::Error) -> bool {
     error
         .as_database_error()
@@ -170,9 +196,26 @@ mod tests {
     }
 
     #[test]
-    fn the_wait_for_an_inbox_row_is_never_for_ever() {
-        assert!(Postgres::begin(Duration::ZERO).ends_with("lock_timeout = 1"));
-        assert!(Postgres::begin(Duration::from_secs(2)).ends_with("lock_timeout = 2000"));
-        assert!(Postgres::begin(Duration::MAX).ends_with("lock_timeout = 2147483647"));
+    fn no_wait_of_the_server_is_for_ever() {
+        for (limit, ms) in [
+            (Duration::ZERO, "1"),
+            (Duration::from_secs(2), "2000"),
+            (Duration::MAX, "2147483647"),
+        ] {
+            let begin = Postgres::begin(limit, limit);
+            assert!(begin.contains(&format!("lock_timeout = {ms};")), "{begin}");
+            assert!(begin.contains(&format!("least({ms}, ")), "{begin}");
+        }
+    }
+
+    #[test]
+    fn only_errors_of_the_datas_classes_are_about_the_data() {
+        for code in ["22003", "23505", "23P01", "P0001"] {
+            assert!(Postgres::is_about_data(code), "{code}");
+        }
+        // A failed transaction, a deadlock, a full disk, a time-out, a shutdown.
+        for code in ["25P02", "40P01", "53100", "57014", "57P01"] {
+            assert!(!Postgres::is_about_data(code), "{code}");
+        }
     }
 }

@@ -6,8 +6,13 @@ use handfast_migrations::Owner;
 use sqlx::{Row as _, Sqlite, SqliteConnection};
 use uuid::Uuid;
 
-use super::{InboxDatabase, Seen};
+use super::{InboxDatabase, Seal, Seen};
 use crate::error::Error;
+
+/// The primary code of what a constraint, or a trigger, refused.
+const CONSTRAINT: u32 = 19;
+/// Its extended code that says that a commit hook refused: the seal's, for an earlier reason.
+const CONSTRAINT_COMMITHOOK: u32 = 531;
 
 impl InboxDatabase for Sqlite {
     // SQLite has one writer at a time: a second transaction would only wait for the first.
@@ -16,8 +21,25 @@ impl InboxDatabase for Sqlite {
     // IMMEDIATE, because a transaction that turns from reader into writer half-way fails at
     // once when another has written meanwhile.
     // How long it waits for the lock is the pool's `busy_timeout`.
-    fn begin(_wait: Duration) -> String {
+    fn begin(_wait: Duration, _handler_timeout: Duration) -> String {
         "BEGIN IMMEDIATE".to_owned()
+    }
+
+    // A full or failing disk, a conflict that says ROLLBACK, and the handler itself can end the
+    // transaction half-way. Each later statement would begin and commit one of its own.
+    async fn seal(connection: &mut SqliteConnection, seal: &Seal) -> Result<(), sqlx::Error> {
+        let (at_commit, at_rollback) = (seal.clone(), seal.clone());
+        let mut handle = connection.lock_handle().await?;
+        handle.set_commit_hook(move || at_commit.lets_commit());
+        handle.set_rollback_hook(move || at_rollback.lose());
+        Ok(())
+    }
+
+    async fn unseal(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        let mut handle = connection.lock_handle().await?;
+        handle.remove_commit_hook();
+        handle.remove_rollback_hook();
+        Ok(())
     }
 
     async fn migrate(connection: &mut SqliteConnection) -> Result<(), Error> {
@@ -88,9 +110,18 @@ impl InboxDatabase for Sqlite {
 
     async fn refuses_commit(
         _connection: &mut SqliteConnection,
+        seal: &Seal,
     ) -> Result<Option<&'static str>, sqlx::Error> {
-        // A statement that failed leaves the transaction as it was before it.
-        Ok(None)
+        // Most statements that fail leave the transaction as it was before them; not all.
+        let lost = "the transaction was rolled back, but the handler said CONSUMED";
+        Ok(seal.is_lost().then_some(lost))
+    }
+
+    fn is_about_data(code: &str) -> bool {
+        code.parse().is_ok_and(|code: u32| {
+            // The low byte of an extended code is the primary one.
+            code & 0xff == CONSTRAINT && code != CONSTRAINT_COMMITHOOK
+        })
     }
 
     async fn now(connection: &mut SqliteConnection) -> Result<i64, sqlx::Error> {
@@ -139,4 +170,21 @@ fn json_array(ids: &[Uuid]) -> String {
 
 fn uuid(bytes: Vec<u8>) -> Result<Uuid, sqlx::Error> {
     Uuid::from_slice(&bytes).map_err(|error| sqlx::Error::Decode(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_schema_refuses_is_about_the_data() {
+        // Not further said, by a foreign key, by a trigger, by a unique key.
+        for code in ["19", "787", "1811", "2067"] {
+            assert!(Sqlite::is_about_data(code), "{code}");
+        }
+        // Busy, an I/O error, a full disk, the seal.
+        for code in ["5", "10", "13", "531", ""] {
+            assert!(!Sqlite::is_about_data(code), "{code}");
+        }
+    }
 }

@@ -12,4 +12,5 @@ mod guard;
 mod link;
 mod postgres;
 mod rabbitmq;
+mod sqlite;
 mod start;

@@ -5,7 +5,8 @@ use std::time::Duration;
 use handfast_consumer::{Answer, BatchHandler, Consumer, Delivered, InboxDatabase, Tx, handfast};
 use handfast_proto::v1::AnswerKind;
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{PgPool, Postgres};
+use sqlx::{PgPool, Postgres, Transaction};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::common::{Database as _, PATIENCE, Service, World};
@@ -75,6 +76,142 @@ async fn the_server_does_not_wait_longer_than_the_consumer() {
     lock.rollback().await.unwrap();
     let report = world.stop(running).await;
     assert_eq!((report.later, world.all_effects().await), (1, 0));
+}
+
+#[tokio::test]
+async fn a_statement_that_waits_beyond_the_time_out_fails_its_messages_and_waits_no_longer() {
+    let world = World::<Postgres>::new().await;
+    let service = &world.service;
+    let mut lock = world.other_pool().await.begin().await.unwrap();
+    Postgres::run(&mut lock, "LOCK TABLE effect".to_owned()).await;
+    service.deliver_all([1, 2].map(|n| service.delivery(n, "ok")));
+    let subscriber = world.subscriber().await;
+    let running = world.start_with(subscriber.handler_timeout(Duration::from_millis(200)));
+    service.until_answers(2).await;
+    until(&world.pool, WAITING, 0).await;
+    lock.rollback().await.unwrap();
+    let report = world.stop(running).await;
+    assert_eq!((report.failed, report.later), (2, 0));
+    service.script(|script| {
+        for number in [1, 2] {
+            assert_eq!(script.words(number), [AnswerKind::Failed]);
+            assert_eq!(script.reason(number), "handler exceeded 200 ms");
+        }
+    });
+    assert_eq!((world.seen(1).await, world.seen(2).await), (0, 0));
+}
+
+#[tokio::test]
+async fn a_stricter_bound_of_the_pool_for_a_statement_stays() {
+    struct Asking;
+    impl BatchHandler<Postgres> for Asking {
+        async fn handle_batch(&self, tx: &mut Tx<Postgres>, new: &[Delivered]) -> Vec<Answer> {
+            let bound = sqlx::query_scalar("SELECT current_setting('statement_timeout')");
+            let bound: String = bound.fetch_one(tx).await.unwrap();
+            vec![Answer::Rejected(bound); new.len()]
+        }
+    }
+    for (pools, wanted) in [("0", "5s"), ("1500", "1500ms"), ("2h", "5s")] {
+        let world = World::<Postgres>::new().await;
+        let options = world.home.options().options([("statement_timeout", pools)]);
+        let pool = PgPoolOptions::new().connect_with(options).await.unwrap();
+        let subscriber = Consumer::connect(handfast(world.service.address()))
+            .await
+            .unwrap()
+            .subscription("payment.completed", "accounting")
+            .inbox(pool)
+            .handler_timeout(Duration::from_secs(5));
+        let running = tokio::spawn(subscriber.run_batch(Asking, world.shutdown.clone()));
+        world.service.deliver(1, "ok");
+        world.service.until_answers(1).await;
+        world.stop(running).await;
+        let word = world.service.script(|script| script.reason(1));
+        assert_eq!(word, wanted, "{pools}");
+    }
+}
+
+/// Fails message 1 and leaves the inbox locked.
+struct Locking {
+    pool: PgPool,
+    lock: mpsc::Sender<Transaction<'static, Postgres>>,
+}
+
+impl BatchHandler<Postgres> for Locking {
+    async fn handle_batch(&self, _tx: &mut Tx<Postgres>, new: &[Delivered]) -> Vec<Answer> {
+        let (pool, lock) = (self.pool.clone(), self.lock.clone());
+        tokio::spawn(async move {
+            let mut tx = pool.begin().await.unwrap();
+            Postgres::run(&mut tx, "LOCK TABLE handfast_inbox".to_owned()).await;
+            lock.send(tx).await.unwrap();
+        });
+        // It stands before everybody who wants a row after this transaction.
+        until(&self.pool, WAITING, 1).await;
+        let mut answers = vec![Answer::Consumed; new.len()];
+        answers[0] = Answer::failed("no money");
+        answers
+    }
+}
+
+#[tokio::test]
+async fn what_failed_in_a_batch_has_failed_also_if_the_inbox_cannot_be_had_again() {
+    let world = World::<Postgres>::new().await;
+    let service = &world.service;
+    let (lock, mut locked) = mpsc::channel(1);
+    let pool = world.other_pool().await;
+    service.deliver_all([1, 2].map(|n| service.delivery(n, "ok")));
+    let subscriber = world.subscriber().await;
+    let subscriber = subscriber.inbox_wait(Duration::from_millis(200));
+    let handler = Locking { pool, lock };
+    let running = tokio::spawn(subscriber.run_batch(handler, world.shutdown.clone()));
+    service.until_answers(2).await;
+    let report = world.stop(running).await;
+    locked.recv().await.unwrap().rollback().await.unwrap();
+    assert_eq!((report.failed, report.later), (1, 1));
+    service.script(|script| {
+        assert_eq!(script.words(1), [AnswerKind::Failed]);
+        assert_eq!(script.reason(1), "no money");
+        assert_eq!(script.words(2), [AnswerKind::Later]);
+    });
+}
+
+#[tokio::test]
+async fn a_deferred_trigger_that_refuses_at_commit_is_the_messages_failure() {
+    struct Effect;
+    impl BatchHandler<Postgres> for Effect {
+        async fn handle_batch(&self, tx: &mut Tx<Postgres>, new: &[Delivered]) -> Vec<Answer> {
+            for message in new {
+                let word = std::str::from_utf8(&message.payload).unwrap();
+                let id = message.message_id;
+                Postgres::insert_effect(tx, id, word).await.unwrap();
+            }
+            vec![Answer::Consumed; new.len()]
+        }
+    }
+    let world = World::<Postgres>::new().await;
+    world
+        .run(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN RAISE EXCEPTION 'too much'; END $$;
+             CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON effect
+                 DEFERRABLE INITIALLY DEFERRED
+                 FOR EACH ROW WHEN (NEW.word = 'refused') EXECUTE FUNCTION refuse()",
+        )
+        .await;
+    let service = &world.service;
+    let words = ["ok", "refused", "ok"];
+    service.deliver_all((1..).zip(words).map(|(n, word)| service.delivery(n, word)));
+    let subscriber = world.subscriber().await;
+    let running = tokio::spawn(subscriber.run_batch(Effect, world.shutdown.clone()));
+    service.until_answers(words.len()).await;
+    let report = world.stop(running).await;
+    assert_eq!((report.consumed, report.failed), (2, 1));
+    service.script(|script| {
+        assert_eq!(script.words(2), [AnswerKind::Failed]);
+        let reason = script.reason(2);
+        assert!(reason.starts_with("cannot commit: "), "{reason}");
+        assert!(reason.contains("too much"), "{reason}");
+    });
+    assert_eq!((world.seen(1).await, world.seen(2).await), (1, 0));
 }
 
 #[tokio::test]
