@@ -8,6 +8,7 @@
 mod demo;
 mod migrate;
 mod serve;
+mod usage;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -89,20 +90,8 @@ fn not_run(error: &clap::Error) -> ExitCode {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             fail(USAGE, "no subcommand was given; try handfast --help")
         }
-        _ => fail(USAGE, &usage_line(&error.to_string())),
+        _ => fail(USAGE, &usage::line(&error.to_string())),
     }
-}
-
-/// The first part of clap's text, which may have several lines, as one line.
-fn usage_line(text: &str) -> String {
-    let text = text.strip_prefix("error: ").unwrap_or(text);
-    let said: Vec<_> = text
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
-        .filter(|line| !line.is_empty())
-        .collect();
-    format!("{}; try --help", said.join("; "))
 }
 
 fn fail(code: u8, text: &str) -> ExitCode {
@@ -120,22 +109,5 @@ mod tests {
     fn the_command_line_is_sound() {
         use clap::CommandFactory as _;
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn a_wrong_call_is_one_line() {
-        for wrong in [
-            &["handfast", "serve", "--lissen", "x"] as &[_],
-            &["handfast", "serve", "--lease-ms", "long"],
-            &["handfast", "servant"],
-            &["handfast", "migrate", "--owner", "fence"],
-            &["handfast", "serve", "--config"],
-        ] {
-            let error = Cli::try_parse_from(wrong).unwrap_err();
-            let line = usage_line(&error.to_string());
-            assert_eq!(line.lines().count(), 1, "{line}");
-            assert!(line.ends_with("; try --help"), "{line}");
-            assert!(!line.contains("Usage"), "{line}");
-        }
     }
 }

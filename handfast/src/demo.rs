@@ -52,6 +52,8 @@ pub(crate) use plan::MAX_PAYMENTS;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How often the databases are looked at while everything is delivered.
 const LOOK: Duration = Duration::from_millis(50);
+/// Reading everything takes less, however much there is; a server that stands still takes longer.
+const READ_WITHIN: Duration = Duration::from_secs(120);
 /// After the load, an armed abort is waited for at least this long: what it needs may still
 /// be on its way though nothing is unfinished.
 const LAST_CALL_AFTER: Duration = Duration::from_millis(300);
@@ -123,12 +125,8 @@ pub(crate) enum Error {
     Audit(sqlx::Error),
     #[error("cannot write the result: {0}")]
     Write(std::io::Error),
-    #[error("it does not add up ({first}); the same plan: --payments {payments} --seed {seed}")]
-    DoesNotAddUp {
-        first: String,
-        payments: usize,
-        seed: u64,
-    },
+    #[error("it does not add up ({first}); the same plan: {plan}")]
+    DoesNotAddUp { first: String, plan: String },
 }
 
 /// Runs it from the first payment to the sums. When `interrupted` is ready, its children end,
@@ -142,21 +140,21 @@ pub(crate) async fn run<S>(
     let seed = options
         .seed
         .unwrap_or_else(|| u64::from(chance.random::<u32>()));
+    // The folder may be refused, so nothing is made on servers before it is there.
+    let home = Home::make(options.keep.as_deref(), &mut chance)?;
     let engines = Engines::make(options.wanted, &mut chance).await?;
     let plan = Arc::new(Plan::draw(seed, options.payments, engines.is_production()));
-    let home = Arc::new(Home::make(options.keep.as_deref(), engines, &mut chance)?);
-    let opening = report::opening(&plan, &home);
-    if options.json {
-        // If nobody can read it, the run goes on all the same.
-        let _ = std::io::stderr().write_all(opening.as_bytes());
-    } else {
-        print(&opening)?;
-    }
+    let home = Arc::new(home.on(engines));
 
+    // From here on nothing returns before what was made is removed.
     let run = Run::new(&plan, &home);
     let mut crew = None;
+    let told_and_done = async {
+        tell(&report::opening(&plan, &home), options.json)?;
+        run.carry_through(&mut crew).await
+    };
     let outcome = tokio::select! {
-        outcome = run.carry_through(&mut crew) => outcome.map(Ok),
+        outcome = told_and_done => outcome.map(Ok),
         signal = interrupted => Ok(Err(signal)),
     };
     if let Some(crew) = crew {
@@ -185,8 +183,7 @@ pub(crate) async fn run<S>(
         None => Ok(None),
         Some(first) => Err(Error::DoesNotAddUp {
             first: first.clone(),
-            payments: plan.orders.len(),
-            seed,
+            plan: plan.arguments(),
         }),
     }
 }
@@ -245,12 +242,16 @@ impl Run {
         crew.stop().await?;
         drop(progress);
 
-        let mut books = Books::open(&self.home).await.map_err(Error::Audit)?;
-        let verdict = Verdict::reach(&mut books, &self.plan, &self.answers)
-            .await
-            .map_err(Error::Audit)?;
-        books.close().await.map_err(Error::Audit)?;
+        let verdict = within(READ_WITHIN, self.verdict()).await;
+        let verdict = verdict.map_err(Error::Audit)?;
         Ok((verdict, began.elapsed().as_secs_f64()))
+    }
+
+    async fn verdict(&self) -> Result<Verdict, sqlx::Error> {
+        let mut books = Books::open(&self.home).await?;
+        let verdict = Verdict::reach(&mut books, &self.plan, &self.answers).await?;
+        books.close().await?;
+        Ok(verdict)
     }
 
     /// Gives each user what their orders cost, before payment starts.
@@ -278,7 +279,7 @@ impl Run {
         let mut moved = since;
         loop {
             // A process that is just coming back may have its file locked.
-            let unfinished = match self.unfinished(&mut books).await {
+            let unfinished = match within(READ_WITHIN, self.unfinished(&mut books)).await {
                 Ok(number) => Some(number),
                 Err(_) => {
                     books = None;
@@ -341,6 +342,25 @@ async fn cut_on_the_way(
             tally.cut();
         }
     }
+}
+
+/// The databases' answer, if it comes in time.
+async fn within<T>(
+    limit: Duration,
+    answer: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, sqlx::Error> {
+    let answered = tokio::time::timeout(limit, answer).await;
+    answered.unwrap_or_else(|_| Err(engines::no_answer()))
+}
+
+/// Says what is going to be tried, beside the result if that is for a program.
+fn tell(opening: &str, json: bool) -> Result<(), Error> {
+    if json {
+        // If nobody can read it, the run goes on all the same.
+        let _ = std::io::stderr().write_all(opening.as_bytes());
+        return Ok(());
+    }
+    print(opening)
 }
 
 /// Writes to standard output. A reader that has read enough is no failure.

@@ -3,19 +3,24 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 
+use clap::Parser as _;
 use handfast_migrations::{Database, Owner};
 use handfast_service::config::{Config, DEFAULT_FILE, Engines, Settings, sqlite_file};
 use handfast_service::store::{postgres, sqlite};
 
-use super::Failure;
+use super::{Failure, usage};
 
 /// Bring the schema of the store up to date, or print it.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  \
+#[command(
+    after_help = "Without --store it is the store that serve would open here: what the \
+    environment says instead of the file holds for both.\n\n\
+    Examples:\n  \
     handfast migrate --store sqlite:handfast.db\n  \
     handfast migrate --store postgres://handfast@localhost/handfast\n  \
     handfast migrate --print --owner inbox | sqlite3 accounting.db\n  \
-    handfast migrate --print --owner fence --database postgres | psql shop")]
+    handfast migrate --print --owner fence --database postgres | psql shop"
+)]
 pub(super) struct Args {
     /// The store to migrate: sqlite:FILE or postgres://… [default: the one in the configuration
     /// file]
@@ -62,6 +67,27 @@ fn database(name: &str) -> Result<Database, String> {
         .ok_or_else(|| format!("use {}", Database::ALL.map(Database::name).join(" or ")))
 }
 
+/// What the environment tells `serve`, whose flags `migrate` does not take.
+#[derive(Debug, clap::Parser)]
+#[command(no_binary_name = true)]
+struct Environment {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+impl Environment {
+    fn read() -> Result<Settings, Failure> {
+        let nothing: [&str; 0] = [];
+        match Self::try_parse_from(nothing) {
+            Ok(environment) => Ok(environment.settings),
+            Err(error) => Err(Failure(format!(
+                "the environment of serve is wrong: {}",
+                usage::line(&error.to_string())
+            ))),
+        }
+    }
+}
+
 /// Where the store is.
 enum Place {
     File(PathBuf),
@@ -99,13 +125,14 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
     })
 }
 
-/// The store that `serve` would open with the same flags in the same place.
+/// The store that `serve` would open with the same flags in the same place. A pair of engines may
+/// be named half in the file and half in the environment, so both are read.
 fn place(store: Option<String>, config: Option<PathBuf>) -> Result<Place, Failure> {
     let url = match store {
         Some(url) => url,
         None => {
             let path = config.unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
-            match Config::load(&path, Settings::default())?.server.engines {
+            match Config::load(&path, Environment::read()?)?.server.engines {
                 Engines::Embedded { file } => return Ok(Place::File(file)),
                 Engines::Production { store, .. } => store.as_str().to_owned(),
             }

@@ -135,15 +135,15 @@ impl Engines {
             deployment: format!("handfast_demo_{:08x}", chance.random::<u32>()),
             proxy,
         };
-        let made = timeout(SERVERS_WITHIN, production.create()).await;
+        // Both are asked before anything is made, so that there is nothing to take away.
+        let server = production.server().await.map_err(Error::Postgres)?;
+        production.rabbitmq().await?;
+        let made = timeout(SERVERS_WITHIN, production.create(server)).await;
         let made = made.unwrap_or_else(|_| Err(no_answer()));
         if let Err(error) = made {
-            production.remove().await;
+            // Nobody has made a queue yet.
+            production.drop_databases().await;
             return Err(Error::Postgres(error));
-        }
-        if let Err(error) = production.rabbitmq().await {
-            production.remove().await;
-            return Err(error);
         }
         Ok(Self::Production(Box::new(production)))
     }
@@ -187,14 +187,19 @@ impl Engines {
         }
     }
 
-    /// Where consumers take deliveries from, and of which deployment.
-    pub(crate) fn source(&self, service: &str) -> (String, String) {
+    /// Where consumers take deliveries from.
+    pub(crate) fn source(&self, service: &str) -> String {
         match self {
-            Self::Embedded => (service.to_owned(), "handfast".to_owned()),
-            Self::Production(production) => (
-                production.proxy.url().to_owned(),
-                production.deployment.clone(),
-            ),
+            Self::Embedded => service.to_owned(),
+            Self::Production(production) => production.proxy.url().to_owned(),
+        }
+    }
+
+    /// Of which deployment.
+    pub(crate) fn deployment(&self) -> &str {
+        match self {
+            Self::Embedded => "handfast",
+            Self::Production(production) => &production.deployment,
         }
     }
 
@@ -209,11 +214,11 @@ impl Engines {
         }
     }
 
-    /// How to reach the database of a process, on servers.
-    pub(crate) fn options(&self, role: Role) -> Option<PgConnectOptions> {
+    /// Connects to the database of a process, on servers.
+    pub(crate) async fn connect(&self, role: Role) -> Result<Option<PgConnection>, sqlx::Error> {
         match self {
-            Self::Embedded => None,
-            Self::Production(production) => Some(production.options(role)),
+            Self::Embedded => Ok(None),
+            Self::Production(production) => connect(&production.options(role)).await.map(Some),
         }
     }
 
@@ -250,8 +255,11 @@ impl Production {
         self.postgres.clone().database(&self.database(role))
     }
 
-    async fn create(&self) -> Result<(), sqlx::Error> {
-        let mut server = self.postgres.connect().await?;
+    async fn server(&self) -> Result<PgConnection, sqlx::Error> {
+        connect(&self.postgres).await
+    }
+
+    async fn create(&self, mut server: PgConnection) -> Result<(), sqlx::Error> {
         for role in Role::ALL {
             run(
                 &mut server,
@@ -273,8 +281,18 @@ impl Production {
     }
 
     async fn remove(&self) {
+        self.drop_databases().await;
+        if let Err(error) = self.delete_queues().await {
+            eprintln!(
+                "warning: queues {}.… may be left in RabbitMQ: {error}",
+                self.deployment
+            );
+        }
+    }
+
+    async fn drop_databases(&self) {
         let dropping = async {
-            let mut server = self.postgres.connect().await?;
+            let mut server = self.server().await?;
             for role in Role::ALL {
                 let name = self.database(role);
                 run(
@@ -289,12 +307,6 @@ impl Production {
         if let Err(error) = dropped.unwrap_or_else(|_| Err(no_answer())) {
             eprintln!(
                 "warning: databases {}_… may be left on the server: {error}",
-                self.deployment
-            );
-        }
-        if let Err(error) = self.delete_queues().await {
-            eprintln!(
-                "warning: queues {}.… may be left in RabbitMQ: {error}",
                 self.deployment
             );
         }
@@ -326,7 +338,14 @@ async fn run(server: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> 
     Ok(())
 }
 
-fn no_answer() -> sqlx::Error {
+/// A server that stands still takes connections and says nothing.
+async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::Error> {
+    let connected = timeout(SERVERS_WITHIN, options.connect()).await;
+    connected.unwrap_or_else(|_| Err(no_answer()))
+}
+
+/// What is said of a server that says nothing.
+pub(crate) fn no_answer() -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::other("no answer"))
 }
 

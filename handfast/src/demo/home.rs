@@ -1,6 +1,9 @@
 //! Where a run lives: its folder, its files, its ports, its engines.
 
+use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use rand::Rng;
@@ -15,6 +18,8 @@ use super::plan::Role;
 const PORTS: std::ops::Range<u16> = 15_000..30_000;
 /// Every port is tried once or twice before it is given up.
 const MAX_PORT_TRIES: u32 = 30_000;
+/// The configuration names store and broker with their passwords.
+const OWNER_ALONE: u32 = 0o600;
 
 /// The folder of a run.
 pub(crate) struct Home {
@@ -33,13 +38,9 @@ struct Ports {
 }
 
 impl Home {
-    /// Makes the folder: one that goes away at the end, or `keep`, which must not hold files
-    /// of a former run.
-    pub(crate) fn make(
-        keep: Option<&Path>,
-        engines: Engines,
-        chance: &mut impl Rng,
-    ) -> Result<Self, Error> {
+    /// Makes the folder, for embedded engines: one that goes away at the end, or `keep`, which
+    /// must not hold files of a former run.
+    pub(crate) fn make(keep: Option<&Path>, chance: &mut impl Rng) -> Result<Self, Error> {
         let ports = free_ports(chance)?;
         let Some(keep) = keep else {
             let temporary =
@@ -49,7 +50,7 @@ impl Home {
                 })?;
             return Ok(Self {
                 path: temporary.path().to_owned(),
-                engines,
+                engines: Engines::Embedded,
                 temporary: Some(temporary),
                 ports,
             });
@@ -59,11 +60,11 @@ impl Home {
             source,
         };
         std::fs::create_dir_all(keep).map_err(failed)?;
-        // Children have the folder in their command lines; a relative one is as good, because
-        // they start where we are.
+        // Children are told of the folder; a relative one is as good, because they start where
+        // we are.
         let home = Self {
             path: keep.to_owned(),
-            engines,
+            engines: Engines::Embedded,
             temporary: None,
             ports,
         };
@@ -74,6 +75,11 @@ impl Home {
             None => Ok(home),
             Some(file) => Err(Error::UsedFolder { file }),
         }
+    }
+
+    /// The same folder, for a run on these engines.
+    pub(crate) fn on(self, engines: Engines) -> Self {
+        Self { engines, ..self }
     }
 
     /// Where it is.
@@ -111,6 +117,11 @@ impl Home {
         local(self.ports.service)
     }
 
+    /// The same, for its clients.
+    pub(crate) fn service_url(&self) -> String {
+        format!("http://{}", self.service())
+    }
+
     /// The address of payment's API.
     pub(crate) fn payment(&self) -> SocketAddr {
         local(self.ports.payment)
@@ -124,7 +135,14 @@ impl Home {
     /// Writes the configuration of the service.
     pub(crate) fn write_config(&self) -> Result<(), Error> {
         let path = self.config();
-        std::fs::write(&path, self.config_text()).map_err(|source| Error::Folder { path, source })
+        let written = OpenOptions::new()
+            .write(true)
+            // A file that was there would keep the mode that it has.
+            .create_new(true)
+            .mode(OWNER_ALONE)
+            .open(&path)
+            .and_then(|mut file| file.write_all(self.config_text().as_bytes()));
+        written.map_err(|source| Error::Folder { path, source })
     }
 
     fn config_text(&self) -> String {
@@ -210,7 +228,7 @@ mod tests {
 
     #[test]
     fn the_service_understands_its_configuration() {
-        let home = Home::make(None, Engines::Embedded, &mut StdRng::seed_from_u64(1)).unwrap();
+        let home = Home::make(None, &mut StdRng::seed_from_u64(1)).unwrap();
         let config = Config::parse(&home.config_text(), "x", Settings::default()).unwrap();
         assert_eq!(config.server.listen, home.service());
         let topology = config.topology.unwrap();
@@ -223,18 +241,25 @@ mod tests {
         let dir = TempDir::new().unwrap();
         let keep = dir.path().join("new/folder");
         let chance = &mut StdRng::seed_from_u64(1);
-        let home = Home::make(Some(&keep), Engines::Embedded, chance).unwrap();
+        let home = Home::make(Some(&keep), chance).unwrap();
         home.write_config().unwrap();
-        let error = Home::make(Some(&keep), Engines::Embedded, chance)
-            .err()
-            .unwrap()
-            .to_string();
+        let error = Home::make(Some(&keep), chance).err().unwrap().to_string();
         assert!(error.contains("handfast.toml"), "{error}");
     }
 
     #[test]
+    fn only_its_owner_may_read_the_configuration() {
+        use std::os::unix::fs::PermissionsExt as _;
+
+        let home = Home::make(None, &mut StdRng::seed_from_u64(1)).unwrap();
+        home.write_config().unwrap();
+        let mode = home.config().metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
     fn a_temporary_folder_goes_away() {
-        let home = Home::make(None, Engines::Embedded, &mut StdRng::seed_from_u64(1)).unwrap();
+        let home = Home::make(None, &mut StdRng::seed_from_u64(1)).unwrap();
         let path = home.path().to_owned();
         home.write_config().unwrap();
         assert!(path.exists() && !home.is_kept());

@@ -148,18 +148,7 @@ impl Lives {
         self.mortal.send_modify(|mortal| *mortal -= 1);
         tokio::select! {
             died = party.aborted(&self.home) => Err(unplanned(self.role, died)),
-            () = self.stop.cancelled() => {
-                // Being asked to stop, it may still be told to end at once.
-                let halt = self.halt.clone();
-                let stopped = halt.run_until_cancelled(party.stop(&self.home)).await;
-                match stopped {
-                    Some(result) => result,
-                    None => {
-                        party.end().await;
-                        Ok(())
-                    }
-                }
-            }
+            () = self.stop.cancelled() => self.wind_down(party).await,
             () = self.halt.cancelled() => {
                 party.end().await;
                 Ok(())
@@ -167,7 +156,17 @@ impl Lives {
         }
     }
 
-    /// One life up to its death and the time after it. False if everything is to end.
+    /// Asks the process to stop. Being asked, it may still be told to end at once.
+    async fn wind_down(&self, mut party: Party) -> Result<(), Error> {
+        let stopping = party.stop(&self.home);
+        if let Some(stopped) = self.halt.run_until_cancelled(stopping).await {
+            return stopped;
+        }
+        party.end().await;
+        Ok(())
+    }
+
+    /// One life up to its death and the time after it. False if there is to be no other.
     async fn live_and_die(&mut self, life: &Life) -> Result<bool, Error> {
         let mut party = Party::start(self.role, &self.home, Some(life.death))?;
         let stage = &mut self.stage;
@@ -190,6 +189,11 @@ impl Lives {
                 }
                 party.kill(&self.home).await?
             }
+            // It did not come to the planned death: too little has happened in this run.
+            () = self.stop.cancelled() => {
+                self.wind_down(party).await?;
+                return Ok(false);
+            }
             () = self.halt.cancelled() => {
                 party.end().await;
                 return Ok(false);
@@ -205,6 +209,7 @@ impl Lives {
         self.tally.bury(Fallen { role, at, settled });
         tokio::select! {
             () = sleep(Duration::from_millis(life.away_ms)) => Ok(true),
+            () = self.stop.cancelled() => Ok(false),
             () = self.halt.cancelled() => Ok(false),
         }
     }

@@ -51,6 +51,8 @@ pub(crate) enum Died {
 pub(crate) struct Party {
     role: Role,
     child: Child,
+    /// It is to abort where it passes a fail point.
+    is_armed: bool,
     /// Kept apart from the child, because waiting for a child closes what it has.
     _lifeline: Option<ChildStdin>,
 }
@@ -81,12 +83,15 @@ impl Party {
                 command.env_remove(&name);
             }
         }
-        command.env(handfast_fail_points::ENVIRONMENT, fail_points(role, death));
+        command
+            .envs(environment(role, home))
+            .env(handfast_fail_points::ENVIRONMENT, fail_points(role, death));
         let mut child = command.spawn()?;
         let lifeline = child.stdin.take();
         Ok(Self {
             role,
             child,
+            is_armed: matches!(death, Some(Death::Abort { .. })),
             _lifeline: lifeline,
         })
     }
@@ -105,14 +110,14 @@ impl Party {
         self.death(status, home)
     }
 
-    /// Asks the process to stop, and waits until it has.
+    /// Asks the process to stop, and waits until it has. On its way it may pass its fail point.
     pub(crate) async fn stop(&mut self, home: &Home) -> Result<(), Error> {
         if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) {
             // As above.
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
         match timeout(STOP_DEADLINE, self.child.wait()).await {
-            Ok(Ok(status)) if status.success() => Ok(()),
+            Ok(Ok(status)) if status.success() || self.has_aborted(status) => Ok(()),
             Ok(Ok(status)) => Err(self.ended(status, home)),
             Ok(Err(source)) => Err(Error::Wait {
                 role: self.role,
@@ -126,6 +131,10 @@ impl Party {
                 })
             }
         }
+    }
+
+    fn has_aborted(&self, status: ExitStatus) -> bool {
+        self.is_armed && status.signal() == Some(Signal::SIGABRT as i32)
     }
 
     /// Ends the process without any question.
@@ -160,11 +169,9 @@ impl Party {
     }
 }
 
-/// What the hidden subcommand is told.
+/// What the hidden subcommand is told where everybody can read it.
 fn arguments(role: Role, home: &Home) -> Vec<OsString> {
-    let service = format!("http://{}", home.service());
-    let database = home.engines().database(role, &home.database(role));
-    let (source, deployment) = home.engines().source(&service);
+    let deployment = home.engines().deployment().to_owned();
     let handler_ms = home.engines().timers().handler_ms.to_string();
     let list = |items: &[&dyn AsRef<std::ffi::OsStr>]| {
         items
@@ -181,9 +188,7 @@ fn arguments(role: Role, home: &Home) -> Vec<OsString> {
             &"--status-listen",
             &home.status().to_string(),
             &"--service",
-            &service,
-            &"--database",
-            &database,
+            &home.service_url(),
             &"--job-interval-ms",
             &JOB_INTERVAL_MS.to_string(),
             &"--pay-deadline-ms",
@@ -191,15 +196,29 @@ fn arguments(role: Role, home: &Home) -> Vec<OsString> {
         ]),
         Role::Accounting | Role::Points => list(&[
             &role.name(),
-            &"--source",
-            &source,
             &"--deployment",
             &deployment,
-            &"--database",
-            &database,
             &"--handler-timeout-ms",
             &handler_ms,
         ]),
+    }
+}
+
+/// What it is told in its environment, because a URL may carry a password: every user of a machine
+/// can read the command lines of all processes.
+fn environment(role: Role, home: &Home) -> Vec<(String, String)> {
+    let engines = home.engines();
+    let database = engines.database(role, &home.database(role));
+    let source = engines.source(&home.service_url());
+    let variable = |key: &str| format!("{}_{key}", role.name().to_uppercase());
+    match role {
+        // It reads its configuration file.
+        Role::Service => Vec::new(),
+        Role::Payment => vec![(variable("DATABASE"), database)],
+        Role::Accounting | Role::Points => vec![
+            (variable("DATABASE"), database),
+            (variable("SOURCE"), source),
+        ],
     }
 }
 

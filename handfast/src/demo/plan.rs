@@ -1,6 +1,6 @@
 //! What a run is going to do: the orders, who asks for them when, and ([`deaths`]) who dies how.
 //!
-//! Pure: the same seed and the same number of payments give the same plan.
+//! Pure: the same seed, the same number of payments and the same kind of engines give the same plan.
 
 mod deaths;
 
@@ -146,6 +146,8 @@ pub(crate) struct Plan {
     pub(crate) orders: Vec<Order>,
     /// In the order in which they are sent.
     pub(crate) requests: Vec<Request>,
+    /// Servers have other points to die at.
+    on_servers: bool,
     /// The lives that end in a death, per process in the order of [`Role::ALL`].
     lives: [Vec<Life>; 4],
 }
@@ -163,8 +165,20 @@ impl Plan {
             seed,
             orders,
             requests,
+            on_servers,
             lives,
         }
+    }
+
+    /// With which arguments the same plan is drawn again. Which servers they are makes no
+    /// difference, so none is named, and no password.
+    pub(crate) fn arguments(&self) -> String {
+        let servers = match self.on_servers {
+            true => " --store postgres://… --broker amqp://…",
+            false => "",
+        };
+        let (payments, seed) = (self.orders.len(), self.seed);
+        format!("--payments {payments} --seed {seed}{servers}")
     }
 
     /// The lives of a process that end in a death.
@@ -294,6 +308,15 @@ mod tests {
             Plan::draw(7, 1_000, false).lives,
             Plan::draw(8, 1_000, false).lives
         );
+    }
+
+    #[test]
+    fn all_that_a_plan_is_drawn_from_is_told() {
+        let told = Plan::draw(7, 50, false).arguments();
+        assert_eq!(told, "--payments 50 --seed 7");
+        assert_ne!(Plan::draw(7, 50, true), Plan::draw(7, 50, false));
+        let told = Plan::draw(7, 50, true).arguments();
+        assert!(told.contains("--store postgres://… --broker amqp://…"));
     }
 
     #[test]

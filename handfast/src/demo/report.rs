@@ -31,7 +31,7 @@ pub(crate) fn opening(plan: &Plan, home: &Home) -> String {
          \x20 a process with a database of its own, in {folder}.\n\
          \n\
          \x20 engines  {engines}\n\
-         \x20 seed     {seed}  (repeat this plan: handfast demo --payments {orders} --seed {seed})\n\
+         \x20 seed     {seed}  (repeat this plan: handfast demo {arguments})\n\
          \x20 orders   {too_much} cost more than the user has; {repeated} are asked for again\n\
          \x20 timers   shortened: status check after {check_after_ms} ms, publisher confirm \
          {publisher_confirm_ms} ms,\n\
@@ -41,6 +41,7 @@ pub(crate) fn opening(plan: &Plan, home: &Home) -> String {
         engines = home.engines().shown(),
         folder = home.path().display(),
         seed = plan.seed,
+        arguments = plan.arguments(),
         too_much = plan.too_much(),
         repeated = plan.repeated(),
     );

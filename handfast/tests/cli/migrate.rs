@@ -3,7 +3,7 @@
 use handfast_migrations::{Database, Owner};
 use sqlx::ConnectOptions as _;
 
-use crate::process::{folder, printed, refused};
+use crate::process::{command, folder, line_of, output, printed, refused};
 use handfast_scratch::Scratch;
 
 #[tokio::test]
@@ -93,4 +93,39 @@ async fn a_store_on_postgresql_may_be_named_by_the_configuration() {
         assert!(said.contains(name), "{said}");
         assert!(said.contains(&format!("at version {version}")), "{said}");
     }
+}
+
+#[tokio::test]
+async fn the_environment_may_name_the_broker_as_it_may_for_serve() {
+    let scratch = Scratch::create().await;
+    let url = scratch.options().to_url_lossy();
+    let folder = folder(&format!("[server]\nstore = \"{url}\"\n"));
+    let mut migrate = command(folder.path(), &["migrate", "--json"]);
+    migrate.env("HANDFAST_BROKER", "amqp://guest:guest@127.0.0.1:5672/%2f");
+    let output = output(migrate).await;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let steps = Owner::MessageService.steps(Database::Postgres).len();
+    assert_eq!(said["applied"], steps);
+}
+
+#[tokio::test]
+async fn what_serve_refuses_in_its_environment_is_refused_by_migrate_too() {
+    let folder = folder("[server]\nstore = \"sqlite:mine.db\"\n");
+    for (variable, value, says) in [
+        (
+            "HANDFAST_BROKER",
+            "amqp://u:secret@mq",
+            "do not go together",
+        ),
+        ("HANDFAST_LEASE_MS", "long", "'long'"),
+    ] {
+        let mut migrate = command(folder.path(), &["migrate"]);
+        migrate.env(variable, value);
+        let (code, line) = line_of(&output(migrate).await);
+        assert_eq!(code, 1, "{line}");
+        assert!(line.contains(says) && !line.contains("secret"), "{line}");
+    }
+    assert!(!folder.path().join("mine.db").exists());
 }

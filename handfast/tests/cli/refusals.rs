@@ -17,11 +17,16 @@ async fn a_wrong_call_is_one_line_and_exit_code_2() {
             "use message-service, fence, inbox",
         ),
         (&["migrate", "--print", "--json"], "'--json'"),
+        (
+            &["migrate", "postgres://me:secret@db/shop"],
+            "'postgres://…@db/shop'",
+        ),
         (&[], "no subcommand"),
     ] {
         let (code, line) = refused(empty.path(), arguments).await;
         assert_eq!(code, 2, "{line}");
         assert!(line.contains(says) && line.contains("--help"), "{line}");
+        assert!(!line.contains("secret"), "{line}");
     }
 }
 

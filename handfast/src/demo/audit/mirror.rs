@@ -104,10 +104,9 @@ pub(super) async fn copy(engines: &Engines) -> Result<SqliteConnection, sqlx::Er
         execute(&mut mirror, format!("ATTACH ':memory:' AS {role}")).await?;
     }
     for role in Role::ALL {
-        let Some(options) = engines.options(role) else {
+        let Some(mut server) = engines.connect(role).await? else {
             continue;
         };
-        let mut server = options.connect().await?;
         let theirs = TABLES.iter().chain([&POINTS_INBOX]);
         for (_, table, columns) in theirs.filter(|(owner, _, _)| *owner == role) {
             copy_table(&mut server, &mut mirror, role, table, columns).await?;
