@@ -153,7 +153,8 @@ impl QueueConsumer {
     }
 }
 
-async fn until_declared(connection: &Connection, queue: &str) {
+/// Waits until a queue is there, and says how many messages wait in it.
+async fn until_declared(connection: &Connection, queue: &str) -> u32 {
     eventually(format!("the queue {queue}"), PATIENCE, async || {
         let channel = connection.create_channel().await;
         let channel = channel.map_err(|error| error.to_string())?;
@@ -162,12 +163,12 @@ async fn until_declared(connection: &Connection, queue: &str) {
             ..QueueDeclareOptions::default()
         };
         let declared = channel.queue_declare(queue.into(), passive, FieldTable::default());
-        declared.await.map_err(|error| error.to_string())?;
+        let declared = declared.await.map_err(|error| error.to_string())?;
         // It ends with the connection at the latest.
         let _ = channel.close(200, "done".into()).await;
-        Ok(())
+        Ok(declared.message_count())
     })
-    .await;
+    .await
 }
 
 fn fact(received: &Received) -> Fact {
@@ -208,6 +209,16 @@ impl World {
         let deleted = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default());
         deleted.await.expect("a queue is deleted");
         connection.close(200, "done".into()).await.expect("an end");
+    }
+
+    /// How many messages wait in the queue of a subscription, without those that consumers hold.
+    pub async fn waiting(&self, subscription: &str) -> u32 {
+        let (url, deployment) = self.rabbitmq();
+        let connection = Connection::connect(&url, ConnectionProperties::default());
+        let connection = connection.await.expect("RabbitMQ is there");
+        let waiting = until_declared(&connection, &format!("{deployment}.{subscription}")).await;
+        connection.close(200, "done".into()).await.expect("an end");
+        waiting
     }
 
     /// Reads the queue of a subscription.

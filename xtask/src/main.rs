@@ -2,6 +2,7 @@
 
 mod leftovers;
 mod progress;
+mod small_disk;
 mod test;
 mod up;
 
@@ -16,7 +17,8 @@ Usage: cargo xtask <CHORE>
 Chores:
   test    Build everything and run every test: the light ones in parallel, then those that
           kill processes, one after the other; then see that nothing was left behind.
-          Words after `--` go to the test programs
+          Words after `--` go to the test programs. Tests that fill a small disk need root to
+          mount it; without it they are skipped, and the last line says how many
   up      Start a PostgreSQL and a RabbitMQ to play with, until Ctrl-C
 
 Both need PostgreSQL and RabbitMQ installed, and test needs Python (3.9 or later, with venv); on

@@ -1,5 +1,6 @@
 //! Everybody is killed at moments that nobody chose.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use handfast_tests::clients::orders;
@@ -17,17 +18,20 @@ async fn everybody_is_killed_while_busy_and_the_service_is_back_within_5_s(engin
     let payments = world.payments();
     let orders = orders("a", ORDERS);
     let kills = async {
+        let mut while_busy = BTreeMap::from(Party::ALL.map(|party| (party, 0)));
         for round in 0..3_usize {
             for party in Party::ALL {
                 // Each kill meets a world that has moved on since the last one.
                 let before = world.books().await.vouchers.len();
-                eventually("more was booked", SOON, async || {
+                let busy = eventually("more was booked", SOON, async || {
                     let books = world.books().await;
-                    let more = books.vouchers.len() > before || books.done.len() >= ORDERS * 4 / 5;
-                    more.then_some(())
+                    let busy = books.done.len() < ORDERS * 4 / 5;
+                    let more = books.vouchers.len() > before || !busy;
+                    more.then_some(busy)
                         .ok_or_else(|| format!("still {before} vouchers"))
                 })
                 .await;
+                *while_busy.entry(party).or_default() += usize::from(busy);
                 world.kill(party).await;
                 let killed = Instant::now();
                 world.start(party).await;
@@ -38,6 +42,8 @@ async fn everybody_is_killed_while_busy_and_the_service_is_back_within_5_s(engin
                 );
             }
         }
+        eprintln!("killed while there was something to pay: {while_busy:?}");
+        assert!(while_busy.values().all(|kills| *kills >= 1));
     };
     let (paid, ()) = tokio::join!(payments.pay_all(&orders), kills);
     assert_eq!(paid, (ORDERS * 4 / 5, ORDERS / 5));
