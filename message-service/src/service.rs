@@ -67,7 +67,7 @@ pub struct Settings {
     pub inflight_bytes: usize,
     /// Undecided messages that one producer may have.
     pub max_undecided: u64,
-    /// Bytes that the store may hold before prepare and publish are refused.
+    /// Bytes of messages that may be unfinished before prepare and publish are refused.
     pub max_backlog_bytes: u64,
 }
 

@@ -668,8 +668,10 @@ pub trait Store: Send + Sync + 'static {
     /// when that was, because only who compares clocks knows which to believe.
     async fn retire(&self, cutoff: Timestamp) -> Result<Retired, Error>;
 
-    /// How many bytes the store takes on disk that hold something.
-    async fn used_bytes(&self) -> Result<u64, Error>;
+    /// About how many bytes what is unfinished takes: undecided messages, and for each topic those
+    /// that its slowest subscription has open, with the bodies of a sample. What is finished does
+    /// not count, however long it is kept.
+    async fn backlog_bytes(&self) -> Result<u64, Error>;
 
     /// How many of what.
     async fn counts(&self) -> Result<Counts, Error>;

@@ -292,7 +292,7 @@ passed_on! {
     fn expire(subscription: &str, limit: usize) -> usize;
     fn open_buckets(span: Duration) -> ();
     fn retire(cutoff: Timestamp) -> Retired;
-    fn used_bytes() -> u64;
+    fn backlog_bytes() -> u64;
     fn counts() -> Counts;
     fn show(id: MessageId, with_body: bool) -> Option<Shown>;
     fn list_messages(

@@ -207,7 +207,7 @@ mod tests {
             Error::Unavailable,
             Error::Overloaded { what: "calls" },
             Error::BacklogFull {
-                used_bytes: 2,
+                backlog_bytes: 2,
                 limit_bytes: 1,
             },
             Error::TooManyUndecided {

@@ -88,7 +88,7 @@ settings! {
     "How many undecided messages one producer may have"
     max_undecided: u64 = 100_000_u64, "HANDFAST_MAX_UNDECIDED", [value_name = "MESSAGES"];
 
-    "The size of the store beyond which prepare and publish are refused"
+    "The size of what is unfinished beyond which prepare and publish are refused"
     max_backlog_bytes: u64 = 17_179_869_184_u64, "HANDFAST_MAX_BACKLOG_BYTES", [value_name = "BYTES"];
 
     "How long finished messages are kept"

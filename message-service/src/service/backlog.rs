@@ -1,4 +1,4 @@
-//! How much the store may hold before new messages are refused.
+//! How much may be unfinished before new messages are refused.
 
 use std::time::Duration;
 
@@ -6,24 +6,35 @@ use tokio::time::Instant;
 
 use super::{Error, store};
 
-/// The size is read at most this often.
+/// The backlog is measured at most this often.
 const FRESH_FOR: Duration = Duration::from_secs(1);
+/// Counting millions must not be what the store does most.
+const WORTH: u32 = 10;
 
-/// The bound on what the store holds. Verbs that make it smaller do not ask it.
+/// The bound on what is unfinished. Verbs that make it smaller do not ask it.
 #[derive(Debug)]
 pub(super) struct Backlog {
     limit_bytes: u64,
     fresh_for: Duration,
+    /// How many times as long as it took a measurement holds.
+    worth: u32,
     /// Held while the store is measured, so that callers share one measurement.
-    last: tokio::sync::Mutex<Option<(Instant, u64)>>,
+    last: tokio::sync::Mutex<Option<Measured>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Measured {
+    bytes: u64,
+    holds_until: Instant,
 }
 
 impl Backlog {
-    /// The store may hold this many bytes.
+    /// This many bytes may be unfinished.
     pub(super) fn new(limit_bytes: u64) -> Self {
         Self {
             limit_bytes,
             fresh_for: FRESH_FOR,
+            worth: WORTH,
             last: tokio::sync::Mutex::new(None),
         }
     }
@@ -37,17 +48,20 @@ impl Backlog {
         F: Future<Output = Result<u64, store::Error>>,
     {
         let mut last = self.last.lock().await;
-        let used_bytes = match *last {
-            Some((at, used)) if at.elapsed() < self.fresh_for => used,
+        let backlog_bytes = match *last {
+            Some(measured) if Instant::now() < measured.holds_until => measured.bytes,
             Some(_) | None => {
-                let used = measure().await?;
-                *last = Some((Instant::now(), used));
-                used
+                let began = Instant::now();
+                let bytes = measure().await?;
+                let worth = self.fresh_for.max(self.worth * began.elapsed());
+                let holds_until = Instant::now() + worth;
+                *last = Some(Measured { bytes, holds_until });
+                bytes
             }
         };
-        Ok(if used_bytes > self.limit_bytes {
+        Ok(if backlog_bytes > self.limit_bytes {
             Err(Error::BacklogFull {
-                used_bytes,
+                backlog_bytes,
                 limit_bytes: self.limit_bytes,
             })
         } else {
@@ -64,13 +78,14 @@ mod tests {
     async fn only_what_is_above_the_limit_is_refused() {
         let backlog = Backlog {
             fresh_for: Duration::ZERO,
+            worth: 0,
             ..Backlog::new(100)
         };
         backlog.check(|| async { Ok(100) }).await.unwrap().unwrap();
         assert_eq!(
             backlog.check(|| async { Ok(101) }).await.unwrap(),
             Err(Error::BacklogFull {
-                used_bytes: 101,
+                backlog_bytes: 101,
                 limit_bytes: 100
             })
         );

@@ -58,12 +58,14 @@ pub enum Error {
         /// The limit, in messages.
         limit: u64,
     },
-    /// The store holds as much as it may.
-    #[error("the store holds {used_bytes} bytes, the limit is {limit_bytes} bytes")]
+    /// As much is unfinished as may be.
+    #[error(
+        "about {backlog_bytes} bytes of messages are unfinished, the limit is {limit_bytes} bytes"
+    )]
     BacklogFull {
-        /// What it holds.
-        used_bytes: u64,
-        /// What it may hold.
+        /// What is unfinished.
+        backlog_bytes: u64,
+        /// What may be.
         limit_bytes: u64,
     },
     /// Too much of this kind is in flight.

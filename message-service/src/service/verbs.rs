@@ -101,8 +101,8 @@ impl Service {
         let service = Arc::clone(self);
         self.detached(async move {
             let _permit = permit;
-            let used_bytes = || service.store.used_bytes();
-            let room = service.backlog.check(used_bytes).await;
+            let backlog_bytes = || service.store.backlog_bytes();
+            let room = service.backlog.check(backlog_bytes).await;
             room.map_err(|error| service.failed(error))??;
             let messages = service.refuse_early(&topology, verb, &call.producer, call.messages)?;
             match verb {

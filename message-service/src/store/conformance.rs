@@ -119,6 +119,7 @@ claims! {
     whole::a_dropped_call_is_done_as_a_whole_or_not_at_all
     whole::lists_page_through_everything_once
     whole::counts_add_up
+    whole::the_backlog_is_what_is_unfinished
     checks::a_timeline_is_a_path_of_the_diagram
     whole::random_calls_keep_to_the_model
 }

@@ -285,10 +285,10 @@ impl Store for PostgresStore {
         self.lanes.retire.call(Wanted::Slice(cutoff)).await
     }
 
-    async fn used_bytes(&self) -> Result<u64, Error> {
+    async fn backlog_bytes(&self) -> Result<u64, Error> {
         self.readers
-            .read("read the size of the store", |db| {
-                Box::pin(console::used_bytes(db))
+            .read("measure the backlog", |db| {
+                Box::pin(console::backlog_bytes(db))
             })
             .await
     }

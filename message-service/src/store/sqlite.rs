@@ -331,10 +331,11 @@ impl Store for SqliteStore {
         write!(self, Retire, writer::SLICE_ROWS, retire::slice, cutoff)
     }
 
-    async fn used_bytes(&self) -> Result<u64, Error> {
+    async fn backlog_bytes(&self) -> Result<u64, Error> {
+        let now = self.now();
         self.readers
-            .read("read the size of the store", |db| {
-                Box::pin(console::used_bytes(db))
+            .read("measure the backlog", move |db| {
+                Box::pin(console::backlog_bytes(db, now))
             })
             .await
     }

@@ -266,7 +266,36 @@ pub(crate) async fn counts_add_up(harness: &impl Harness) {
     );
     assert!(accounting.active && accounting.oldest_open_at.is_some());
     assert_eq!(counts.subscriptions[1].pending, 5);
-    assert!(store.used_bytes().await.unwrap() > 0);
+}
+
+pub(crate) async fn the_backlog_is_what_is_unfinished(harness: &impl Harness) {
+    let store = ready(harness).await;
+    assert_eq!(store.backlog_bytes().await.unwrap(), 0);
+    let large = |n| NewMessage {
+        payload: vec![b'x'; 9_000],
+        ..message(n)
+    };
+    prepare(&*store, (1..=2).map(large).collect()).await;
+    store.publish((3..=5).map(large).collect()).await.unwrap();
+    // Each once, though two subscriptions have three of them.
+    let about_10_000_each = 5 * 9_000..5 * 11_000;
+    let backlog = store.backlog_bytes().await.unwrap();
+    assert!(about_10_000_each.contains(&backlog), "{backlog}");
+    for n in 1..=2 {
+        decide(&*store, n, MessageEvent::Cancel).await.unwrap();
+    }
+    let consumed = |n| Answer {
+        id: id(n),
+        generation: 1,
+        sent_at: None,
+        kind: AnswerKind::Consumed,
+    };
+    let done: Vec<_> = (3..=5).map(consumed).collect();
+    store.acknowledge("accounting", done.clone()).await.unwrap();
+    let backlog = store.backlog_bytes().await.unwrap();
+    assert!((3 * 9_000..3 * 11_000).contains(&backlog), "{backlog}");
+    store.acknowledge("points", done).await.unwrap();
+    assert_eq!(store.backlog_bytes().await.unwrap(), 0);
 }
 
 /// Random calls on a few messages against a small model of the message's life.
