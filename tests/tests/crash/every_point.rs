@@ -404,11 +404,16 @@ async fn retire(engines: Engines, point: Point) {
     })
     .await;
     let before = number(&db, "SELECT count(*) FROM message").await;
+    // On a busy machine some were over before the first payment came.
+    let empty = "SELECT count(*) FROM body_bucket
+                  WHERE number < (SELECT min(bucket) FROM message)";
+    let empty = u32::try_from(number(&db, empty).await).unwrap();
     db.close().await;
     world.stop(Party::Service).await;
     world.config = world.config.clone().server("retention_s", 1);
-    // The first run opens buckets and reads the clock, the second opens and then removes.
-    world.start_to_die(Party::Service, point, 3).await;
+    // The first run opens buckets and reads the clock, the second opens and then removes, bucket
+    // by bucket.
+    world.start_to_die(Party::Service, point, 3 + empty).await;
     world.died_at(Party::Service, point).await;
     let db = world.database("service").await;
     let after = number(&db, "SELECT count(*) FROM message").await;
