@@ -39,6 +39,7 @@ const REACH: Duration = Duration::from_secs(20);
 const DRAIN: Duration = Duration::from_secs(30);
 
 const SERVICE_PORT: u16 = 7400;
+const REPLICA_PORT: u16 = 7401;
 const PAYMENT_PORT: u16 = 7410;
 const STATUS_PORT: u16 = 7411;
 
@@ -212,7 +213,7 @@ impl World {
         }
         self.spawn(party.name(), command);
         match party {
-            Party::Service => self.until_serving().await,
+            Party::Service => self.until_serving(party.name(), SERVICE_PORT).await,
             Party::Payment => self.until_listening(party, PAYMENT_PORT).await,
             Party::Accounting | Party::Points => self.until_inbox(party).await,
         }
@@ -241,6 +242,20 @@ impl World {
                 self.address(STATUS_PORT + 100).to_string(),
             );
         command
+    }
+
+    /// Starts another message service on the same servers, of this name, and waits until it serves.
+    pub async fn start_replica(&mut self, name: &str) {
+        let mut command = self.command(Party::Service);
+        let listen = self.address(REPLICA_PORT).to_string();
+        command.arg("--listen").arg(listen);
+        self.spawn(name, command);
+        self.until_serving(name, REPLICA_PORT).await;
+    }
+
+    /// Kills the process of this name with SIGKILL.
+    pub async fn kill_process(&mut self, name: &str) {
+        self.take(name).kill().await;
     }
 
     /// Starts another program in this world; it dies with it.
@@ -272,7 +287,7 @@ impl World {
 
     /// Kills a party with SIGKILL.
     pub async fn kill(&mut self, party: Party) {
-        self.take(party.name()).kill().await;
+        self.kill_process(party.name()).await;
     }
 
     /// Stops a party with SIGTERM; it must end with 0.
@@ -353,10 +368,11 @@ impl World {
         command
     }
 
-    async fn until_serving(&mut self) {
-        let mut health = HealthClient::new(self.channel(&self.service_url()));
-        let process = self.running.get_mut("service").expect("it was started");
-        eventually("SERVING", START, async || {
+    async fn until_serving(&mut self, name: &str, port: u16) {
+        let url = format!("http://{}", self.address(port));
+        let mut health = HealthClient::new(self.channel(&url));
+        let process = self.running.get_mut(name).expect("it was started");
+        eventually(format!("{name} is SERVING"), START, async || {
             if process.ended().is_some() {
                 return Ok(());
             }

@@ -9,3 +9,4 @@
 mod disk_full;
 mod every_point;
 mod kills;
+mod two_replicas;
