@@ -78,12 +78,12 @@ fn a_store_that_goes_away_ends_the_run_and_is_reported() {
     let (dir, log) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (store, broker) = servers();
     let way = Way::to(&store);
-    // Nobody dies by this plan before thousands are paid, so all are still to die when it happens.
+    // Nobody dies by this plan before thousands are paid: those who wait for it must still stop.
     let arguments = [
         "--payments",
         "100000",
         "--seed",
-        "0",
+        "89",
         "--json",
         "--store",
         &way.url,
@@ -114,6 +114,8 @@ fn a_store_that_goes_away_ends_the_run_and_is_reported() {
         "{said}"
     );
     assert!(said.contains("may be left on the server"), "{said}");
+    let mut progress = said.lines().filter(|line| line.ends_with(" killed"));
+    assert!(progress.all(|line| line.ends_with(" 0 killed")), "{said}");
     assert_eq!(command_lines(dir.path()), [""; 0]);
     assert!(is_empty(dir.path()), "files are left");
 }

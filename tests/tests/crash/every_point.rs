@@ -407,7 +407,7 @@ async fn retire(engines: Engines, point: Point) {
     // On a busy machine some were over before the first payment came.
     let empty = "SELECT count(*) FROM body_bucket
                   WHERE number < (SELECT min(bucket) FROM message)";
-    let empty = u32::try_from(number(&db, empty).await).unwrap();
+    let empty = u32::try_from(number(&db, empty).await).expect("a count");
     db.close().await;
     world.stop(Party::Service).await;
     world.config = world.config.clone().server("retention_s", 1);

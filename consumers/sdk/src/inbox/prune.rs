@@ -205,9 +205,14 @@ mod tests {
             .unwrap();
         let error = pruner.once(&stop).await.unwrap_err();
         assert!(matches!(error, sqlx::Error::Io(_)), "{error}");
+        {
+            // The pool's only connection would still wait for the lock if it had been kept.
+            let mut connection = pruner.pool.acquire().await.unwrap();
+            let now = sqlx::Postgres::now(&mut connection);
+            timeout(STATEMENT_WAIT, now).await.unwrap().unwrap();
+        }
         lock.rollback().await.unwrap();
         pruner.statement_wait = STATEMENT_WAIT;
-        // The only connection would still wait for its lock if it had been kept.
         assert_eq!(pruner.once(&stop).await.unwrap(), 0);
     }
 
