@@ -89,7 +89,7 @@ mod tests {
 
     /// The function that stands before each call of `mount`.
     fn tests_that_mount(text: &str) -> impl Iterator<Item = &str> {
-        text.match_indices("SmallDisk::mount()").map(|(at, _)| {
+        text.match_indices("SmallDisk::mount(").map(|(at, _)| {
             let (_, name) = text[..at].rsplit_once("fn ").unwrap();
             name.split_once('(').unwrap().0
         })

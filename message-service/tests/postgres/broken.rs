@@ -1,12 +1,11 @@
 //! A server that stops, stands still, or has no room.
 
-use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use handfast_servers::{Options, Postgres};
+use handfast_servers::{Options, Postgres, SmallDisk};
 use handfast_service::store::{Error, Store as _};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -120,52 +119,13 @@ async fn without_a_free_connection_calls_are_unavailable_and_afterwards_go_on() 
     ready_again(&store, 1).await;
 }
 
-/// A small file system, gone with this value.
-struct SmallDisk {
-    folder: tempfile::TempDir,
-}
-
-impl SmallDisk {
-    /// Panics where this user may not mount; `cargo xtask test` leaves its callers out there.
-    fn mount() -> Self {
-        let folder = tempfile::TempDir::with_prefix("handfast-disk-").expect("a folder");
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=160m,mode=0755", "handfast-test"])
-            .arg(folder.path())
-            .output();
-        let why = match mounted {
-            Ok(output) if output.status.success() => return Self { folder },
-            Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-            Err(error) => error.to_string(),
-        };
-        panic!("a small file system cannot be mounted here: {why}; run as root");
-    }
-
-    fn path(&self) -> &Path {
-        self.folder.path()
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily, because a process that is being killed may still have a file open.
-        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_is_unavailable_until_there_is_room() {
-    let disk = SmallDisk::mount();
+    let disk = SmallDisk::mount(160).unwrap();
     let server = Postgres::start_with(&Options::new().within(disk.path())).unwrap();
     let store = open(&server).await;
     store.publish(vec![paid(1, 50_000)]).await.unwrap();
-    let filler = disk.path().join("filler");
-    let filled = Command::new("dd")
-        .args(["if=/dev/zero", "bs=4096", "status=none"])
-        .arg(format!("of={}", filler.display()))
-        .output()
-        .expect("dd runs");
-    assert!(!filled.status.success(), "it ends because there is no room");
+    let filler = disk.fill().unwrap();
     let mut kept = Vec::new();
     let began = Instant::now();
     let mut n = 2;

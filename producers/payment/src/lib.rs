@@ -12,7 +12,6 @@
 
 pub mod api;
 pub mod database;
-mod incoming;
 mod input;
 pub mod job;
 pub mod options;

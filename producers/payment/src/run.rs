@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use handfast_producer::incoming::connections;
 use handfast_producer::{
     ConnectError, FenceDatabase, FenceError, Producer, StatusServer, StatusServerError,
 };
@@ -15,7 +16,6 @@ use tonic::transport::Server;
 
 use crate::api::Api;
 use crate::database::Database;
-use crate::incoming::connections;
 use crate::job;
 use crate::options::Options;
 use crate::pay::Payments;

@@ -1,4 +1,6 @@
 //! Connections as they come in, for a server that a full host must not end.
+//!
+//! Public for the reference services of this workspace, and no promise to others.
 
 use std::io;
 use std::pin::Pin;
@@ -15,9 +17,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Accepts connections. A host that is out of files refuses every try at once, and a server
 /// that is told of it ends; so a refusal is followed by a pause instead.
-pub(crate) fn connections(
-    listener: TcpListener,
-) -> impl Stream<Item = io::Result<TcpStream>> + Send {
+pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> + Send {
     Incoming {
         accept: move |cx: &mut Context<'_>| listener.poll_accept(cx).map_ok(|(new, _)| new),
         pause: None,

@@ -107,7 +107,8 @@ mod bounded;
 pub mod client;
 pub mod error;
 pub mod fence;
-mod incoming;
+#[doc(hidden)]
+pub mod incoming;
 pub mod message;
 mod pace;
 pub mod status;

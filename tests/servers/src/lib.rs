@@ -16,7 +16,7 @@
 //! ```
 //!
 //! In reading order: `folder` and its guard (what makes them throwaway) · `port` · `programs`
-//! (where they are) · `install` · the two servers.
+//! (where they are) · `install` · the two servers · `small_disk`.
 
 mod error;
 mod folder;
@@ -27,6 +27,7 @@ mod postgres;
 mod programs;
 mod rabbitmq;
 mod run;
+mod small_disk;
 mod wait;
 
 use std::thread;
@@ -38,6 +39,7 @@ pub use options::Options;
 pub use postgres::Postgres;
 pub use programs::Program;
 pub use rabbitmq::RabbitMq;
+pub use small_disk::SmallDisk;
 
 /// Starts one of each, at the same time.
 ///

@@ -2,11 +2,9 @@
 //! Calls are UNAVAILABLE meanwhile, everybody is ready again within 5 s after it is over, and
 //! nothing is half done.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use handfast_servers::{Options, Postgres};
+use handfast_servers::{Options, Postgres, SmallDisk};
 use handfast_tests::clients::{message, orders};
 use handfast_tests::{Engines, Floor, Servers, World, eventually};
 use sqlx::{Connection as _, Executor as _, PgConnection};
@@ -160,63 +158,15 @@ async fn a_server_without_a_free_lock_is_unavailable_until_it_has_one() {
     .await;
 }
 
-/// A small file system, gone with this value.
-struct SmallDisk {
-    folder: tempfile::TempDir,
-}
-
-impl SmallDisk {
-    /// Panics where this user may not mount; `cargo xtask test` leaves its callers out there.
-    fn mount() -> Self {
-        let folder = tempfile::TempDir::with_prefix("handfast-disk-").expect("a folder");
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=320m,mode=0755", "handfast-test"])
-            .arg(folder.path())
-            .output();
-        let why = match mounted {
-            Ok(output) if output.status.success() => return Self { folder },
-            Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-            Err(error) => error.to_string(),
-        };
-        panic!("a small file system cannot be mounted here: {why}; run as root");
-    }
-
-    fn path(&self) -> &Path {
-        self.folder.path()
-    }
-
-    fn filler(&self) -> PathBuf {
-        self.path().join("filler")
-    }
-
-    /// Leaves not a single block free.
-    fn fill(&self) {
-        let filled = Command::new("dd")
-            .args(["if=/dev/zero", "bs=4096", "status=none"])
-            .args(["oflag=append", "conv=notrunc"])
-            .arg(format!("of={}", self.filler().display()))
-            .output()
-            .expect("dd runs");
-        assert!(!filled.status.success(), "it ends because there is no room");
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily, because a process that is being killed may still have a file open.
-        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_without_room_is_unavailable_until_it_has_some() {
-    let disk = SmallDisk::mount();
+    let disk = SmallDisk::mount(320).unwrap();
     let servers = server(&Options::new().within(disk.path()));
     let world = World::with_servers(Engines::Production, servers).await;
     refuses_and_takes_again(
         world,
-        async |_| disk.fill(),
-        async |_, ()| std::fs::remove_file(disk.filler()).expect("the filler"),
+        async |_| disk.fill().unwrap(),
+        async |_, filler| std::fs::remove_file(filler).unwrap(),
     )
     .await;
 }

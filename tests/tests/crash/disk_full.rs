@@ -1,65 +1,19 @@
 //! The disk under the service's database is full, and then it is not. Embedded engines only: a
 //! disk is filled under SQLite here, and under PostgreSQL by the store's own tests.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use handfast_proto::v1::NewMessage;
+use handfast_servers::SmallDisk;
 use handfast_tests::clients::{RawConsumer, message};
 use handfast_tests::{Config, Engines, Party, World, eventually};
 use tonic::Code;
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// A small file system, gone with this value.
-struct SmallDisk {
-    folder: tempfile::TempDir,
-}
-
-impl SmallDisk {
-    /// Panics where this user may not mount; `cargo xtask test` leaves its callers out there.
-    fn mount() -> Self {
-        let folder = tempfile::TempDir::with_prefix("handfast-disk-").expect("a folder");
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=6m", "handfast-test"])
-            .arg(folder.path())
-            .output();
-        let why = match mounted {
-            Ok(output) if output.status.success() => return Self { folder },
-            Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-            Err(error) => error.to_string(),
-        };
-        panic!("a small file system cannot be mounted here: {why}; run as root");
-    }
-
-    fn path(&self) -> &Path {
-        self.folder.path()
-    }
-
-    /// Leaves not a single block free.
-    fn fill(&self) -> PathBuf {
-        let path = self.path().join("filler");
-        let filled = Command::new("dd")
-            .args(["if=/dev/zero", "bs=4096", "status=none"])
-            .arg(format!("of={}", path.display()))
-            .output()
-            .expect("dd runs");
-        assert!(!filled.status.success(), "it ends because there is no room");
-        path
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily, because a process that is being killed may still have a file open.
-        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
-    }
-}
-
 #[tokio::test]
 async fn a_full_disk_is_unavailable_and_heals_by_itself() {
-    let disk = SmallDisk::mount();
+    let disk = SmallDisk::mount(6).expect("a small disk");
     let config = Config::empty()
         .publisher("source")
         .topic("fact")
@@ -75,7 +29,7 @@ async fn a_full_disk_is_unavailable_and_heals_by_itself() {
     let early = fact();
     source.publish(&early).await;
 
-    let filler = disk.fill();
+    let filler = disk.fill().expect("a full disk");
     let refused = eventually("a publish is refused", SOON, async || {
         match source.try_publish(&fact()).await {
             Ok(Ok(state)) => Err(format!("{state:?}")),
@@ -116,7 +70,7 @@ async fn a_full_disk_is_unavailable_and_heals_by_itself() {
 
 #[tokio::test]
 async fn a_prepare_that_found_the_disk_full_succeeds_later_without_a_restart() {
-    let disk = SmallDisk::mount();
+    let disk = SmallDisk::mount(6).expect("a small disk");
     let config = Config::empty()
         // Nobody answers there, so nothing is decided by a check.
         .producer("source", "127.0.0.1:1")
@@ -127,7 +81,7 @@ async fn a_prepare_that_found_the_disk_full_succeeds_later_without_a_restart() {
     world.start(Party::Service).await;
     let process = world.process("service").id();
     let source = world.raw("source");
-    let filler = disk.fill();
+    let filler = disk.fill().expect("a full disk");
     let mut kept = Vec::new();
     let (late, refused) = eventually("a prepare is refused", SOON, async || {
         let fact = NewMessage {
