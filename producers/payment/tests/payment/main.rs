@@ -256,11 +256,13 @@ async fn an_unreachable_handfast_is_processing_and_the_job_finishes_it<D: Kind>(
         options.job_interval_ms = 50;
     })
     .await;
+    // More failures than any back-off gets through before the deadline.
     world
         .handfast
-        .script("prepare", vec![Fault::Fail(Code::Unavailable); 4]);
+        .script("prepare", vec![Fault::Fail(Code::Unavailable); 10_000]);
     let paid = world.pay("1", "ann", 300).await.unwrap();
     assert_eq!(paid.status(), PaymentStatus::Processing);
+    world.handfast.state().faults.remove("prepare");
     let finished = async {
         while world.get("1").await.unwrap().status() != PaymentStatus::Paid {
             tokio::task::yield_now().await;
