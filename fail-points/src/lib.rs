@@ -78,6 +78,8 @@ points! {
     SETTLE_CHECKS_BEFORE_COMMIT = "service.settle-checks.before-commit";
     /// The results of a check are durable.
     SETTLE_CHECKS_AFTER_COMMIT = "service.settle-checks.after-commit";
+    /// What confirms have leased to this process waits in its memory, nothing was sent.
+    RELAY_HANDED = "service.relay.handed";
     /// Due deliveries are leased but not committed.
     CLAIM_BEFORE_COMMIT = "service.claim.before-commit";
     /// Due deliveries are leased, nothing was sent.

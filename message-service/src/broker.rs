@@ -4,6 +4,7 @@
 //! hands them over, and marks them SENT. The passes and the service need only what is below.
 
 pub mod embedded;
+pub mod handoff;
 pub mod rabbitmq;
 
 use std::collections::BTreeSet;
@@ -11,7 +12,8 @@ use std::collections::BTreeSet;
 use async_trait::async_trait;
 
 use crate::message::{Answer, MessageId};
-use crate::store::Overdue;
+use crate::store::{Handed, Overdue};
+pub use handoff::Permit;
 
 /// What the service and the recovery pass need of a broker.
 #[async_trait]
@@ -19,6 +21,12 @@ pub trait Broker: Send + Sync + 'static {
     /// Deliveries on these topics became due. A signal is only latency: a broker that misses
     /// it finds them by itself soon after.
     fn due(&self, topics: &BTreeSet<String>);
+
+    /// What a confirm of so many messages may lease to this process, to be sent at once.
+    fn permit(&self, messages: usize) -> Permit;
+
+    /// Takes over what was leased with a permit.
+    async fn hand_over(&self, permit: Permit, handed: Vec<Handed>);
 
     /// Answers for these messages are durable, so the broker need not hold them any longer.
     fn answered(&self, subscription: &str, ids: &[MessageId]);

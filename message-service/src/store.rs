@@ -17,7 +17,7 @@ mod timeline;
 #[cfg(test)]
 mod conformance;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -123,8 +123,50 @@ pub type ItemResult = Result<MessageState, Refusal>;
 pub struct Written {
     /// One per item, in order.
     pub items: Vec<ItemResult>,
-    /// Topics that now have deliveries that were not there before.
+    /// Topics that now have deliveries that were not there before and that nobody has leased.
     pub topics: BTreeSet<String>,
+    /// The deliveries that this write leased to its caller.
+    pub handed: Vec<Handed>,
+}
+
+/// What a confirm may lease to its own process in the statement that creates the deliveries, so
+/// that no claim stands between confirm and send. A store may lease less, or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Handoff {
+    /// How long the leases last.
+    pub lease: Duration,
+    /// At most so many deliveries of each of these subscriptions.
+    pub room: BTreeMap<String, usize>,
+}
+
+impl Handoff {
+    /// Leases nothing: the deliveries are due at once for any process.
+    pub fn none() -> Self {
+        Self::default()
+    }
+}
+
+/// A delivery that was leased as it was created; [`Store::load`] makes a claim of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handed {
+    /// For whom.
+    pub subscription: String,
+    /// Which message.
+    pub id: MessageId,
+    /// The lease; settling repeats it.
+    pub token: Uuid,
+    /// Who produced it.
+    pub producer: String,
+    /// What about.
+    pub topic: String,
+    /// The producer's identity of the fact.
+    pub key: Option<String>,
+    /// The time of this send, which is the first: the confirm's.
+    pub sent_at: Timestamp,
+    /// Bytes of payload and headers.
+    pub body_bytes: usize,
+    /// Where the body is, for the store.
+    pub bucket: i64,
 }
 
 /// Who decides.
@@ -563,11 +605,16 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Written, Error>;
 
     /// Keeps messages, CONFIRMED, with their deliveries, in the same write.
-    async fn publish(&self, messages: Vec<NewMessage>) -> Result<Written, Error>;
+    async fn publish(&self, messages: Vec<NewMessage>, handoff: Handoff) -> Result<Written, Error>;
 
     /// Confirms or cancels messages of this producer. Confirming creates one delivery per
     /// active subscription in the same statement. A contradiction marks CONFLICT.
-    async fn decide(&self, producer: &str, decisions: Vec<Decision>) -> Result<Written, Error>;
+    async fn decide(
+        &self,
+        producer: &str,
+        decisions: Vec<Decision>,
+        handoff: Handoff,
+    ) -> Result<Written, Error>;
 
     /// The messages of this producer with these ids and their deliveries, in order; `None`
     /// where there is none.
@@ -610,6 +657,10 @@ pub trait Store: Send + Sync + 'static {
         lane: Lane,
         lease: Duration,
     ) -> Result<Claimed, Error>;
+
+    /// Reads what is needed to send deliveries that a confirm has leased, in order; `None` where
+    /// the body is gone, which is reported.
+    async fn load(&self, handed: Vec<Handed>) -> Result<Vec<Option<DeliveryClaim>>, Error>;
 
     /// Marks leased deliveries SENT; their silence is looked at `resend_after` later. What was
     /// answered meanwhile, or whose lease was lost, stays as it is.

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::broker::{AnswerState, Broker, BrokerState, QueueState};
+use crate::broker::{AnswerState, Broker, BrokerState, Permit, QueueState};
 use crate::clock::ManualClock;
 use crate::message::{
     Answer, AnswerKind, CheckPolicy, DeliveryPolicy, DeliveryState, MessageId, NewMessage,
@@ -71,7 +71,7 @@ impl World {
 
     pub(crate) async fn publish(&self, numbers: impl IntoIterator<Item = u128>) {
         let messages = numbers.into_iter().map(message).collect();
-        let written = self.store.publish(messages).await.unwrap();
+        let written = self.store.publish(messages, Handoff::none()).await.unwrap();
         assert!(written.items.iter().all(Result::is_ok));
     }
 
@@ -170,6 +170,12 @@ impl Broker for Signals {
         self.due.lock().unwrap().push(topics.clone());
     }
 
+    fn permit(&self, _: usize) -> Permit {
+        Permit::none()
+    }
+
+    async fn hand_over(&self, _: Permit, _: Vec<Handed>) {}
+
     fn answered(&self, _: &str, _: &[MessageId]) {}
 
     async fn is_gone(&self, _: &str, overdue: &[Overdue]) -> Vec<bool> {
@@ -264,8 +270,8 @@ passed_on! {
     fn topology() -> Topology;
     fn removed_subscriptions() -> Vec<String>;
     fn prepare(messages: Vec<NewMessage>, check_after: Duration) -> Written;
-    fn publish(messages: Vec<NewMessage>) -> Written;
-    fn decide(producer: &str, decisions: Vec<Decision>) -> Written;
+    fn publish(messages: Vec<NewMessage>, handoff: Handoff) -> Written;
+    fn decide(producer: &str, decisions: Vec<Decision>, handoff: Handoff) -> Written;
     fn get(
         producer: &str,
         ids: Vec<MessageId>
@@ -279,6 +285,7 @@ passed_on! {
     ) -> (BTreeSet<String>, usize);
     fn check_now(id: MessageId) -> bool;
     fn claim_deliveries(subscription: &str, lane: Lane, lease: Duration) -> Claimed;
+    fn load(handed: Vec<Handed>) -> Vec<Option<DeliveryClaim>>;
     fn mark_sent(subscription: &str, sent: Vec<Sent>, resend_after: Duration) -> usize;
     fn renew(subscription: &str, sent: Vec<Sent>, lease: Duration) -> usize;
     fn return_unsent(subscription: &str, unsent: Vec<Unsent>) -> usize;

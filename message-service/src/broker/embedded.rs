@@ -26,10 +26,10 @@ use tokio_util::sync::CancellationToken;
 
 pub use session::{Grants, Sending, Sendings, Session};
 
-use crate::broker::{AnswerState, Broker, BrokerState, QueueState};
+use crate::broker::{AnswerState, Broker, BrokerState, Permit, QueueState};
 use crate::clock::Clock;
 use crate::message::MessageId;
-use crate::store::{Overdue, Store};
+use crate::store::{Handed, Overdue, Store};
 use crate::topology::Snapshot;
 use held::State;
 
@@ -212,6 +212,13 @@ impl Broker for Embedded {
             }
         }
     }
+
+    /// Streams claim what they have credit for, and that is known only at their turn.
+    fn permit(&self, _: usize) -> Permit {
+        Permit::none()
+    }
+
+    async fn hand_over(&self, _: Permit, _: Vec<Handed>) {}
 
     fn answered(&self, subscription: &str, ids: &[MessageId]) {
         let now = self.clock.monotonic();

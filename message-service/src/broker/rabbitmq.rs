@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use handfast_fail_points::{Point, hit};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -39,11 +40,12 @@ use uuid::Uuid;
 pub use link::Addresses;
 pub use names::{Names, RESERVED};
 
-use super::{AnswerSink, AnswerState, Broker, BrokerState, QueueState};
+use super::handoff::Handoffs;
+use super::{AnswerSink, AnswerState, Broker, BrokerState, Permit, QueueState};
 use crate::clock::Clock;
 use crate::message::{MessageId, Timestamp};
 use crate::pass::{self, Trouble};
-use crate::store::{Overdue, Store};
+use crate::store::{Handed, Overdue, Store};
 use crate::topology::Snapshot;
 use declare::Declared;
 use link::{Link, LinkState, Opened};
@@ -119,6 +121,8 @@ pub struct RabbitMq {
     settings: Settings,
     names: Names,
     queues: Queues,
+    /// What confirms have leased to this process.
+    handoffs: Arc<Handoffs>,
     unmarked: Unmarked,
     incidents: answers::Incidents,
     /// Answers that wait in RabbitMQ, as last seen.
@@ -169,6 +173,7 @@ impl RabbitMq {
             clock,
             names: Names::new(&settings.deployment),
             queues: Queues::default(),
+            handoffs: Arc::default(),
             unmarked: Unmarked::default(),
             incidents: answers::Incidents::default(),
             answers_waiting: AtomicU64::new(0),
@@ -397,6 +402,23 @@ impl Broker for RabbitMq {
         for signal in &self.signals {
             signal.notify_one();
         }
+    }
+
+    fn permit(&self, messages: usize) -> Permit {
+        if !self.publishing.is_up() || self.draining.is_cancelled() {
+            return Permit::none();
+        }
+        let now = self.clock.monotonic();
+        let rooms = self.queues.rooms();
+        (self.handoffs).permit(messages, self.settings.lease, now, rooms)
+    }
+
+    async fn hand_over(&self, permit: Permit, handed: Vec<Handed>) {
+        let too_late = self.handoffs.keep(&permit, handed);
+        drop(permit);
+        hit(Point::RELAY_HANDED);
+        self.give_up(too_late).await;
+        self.signals[Pace::Fresh as usize].notify_one();
     }
 
     fn answered(&self, subscription: &str, ids: &[MessageId]) {

@@ -70,7 +70,7 @@ async fn finished_messages_go_after_their_time_and_unfinished_ones_stay() {
     };
     world
         .store
-        .decide("payment", vec![cancelled])
+        .decide("payment", vec![cancelled], crate::store::Handoff::none())
         .await
         .unwrap();
     world.publish([2]).await;

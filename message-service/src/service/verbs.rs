@@ -9,7 +9,7 @@ use super::{
     Answer, AnswerOutcome, Answers, Error, Ids, Invalid, ItemResult, MessageEvent, MessageId,
     MessageState, NewMessage, Service, Status, Submission, limits,
 };
-use crate::broker::AnswerSink;
+use crate::broker::{AnswerSink, Permit};
 use crate::store::{Decision, Written};
 use crate::topology::Topology;
 
@@ -167,12 +167,13 @@ impl Service {
         messages: Vec<ItemResult<NewMessage>>,
     ) -> Result<Vec<ItemResult<MessageState>>, Error> {
         let (asked, places) = split(messages);
-        let written = if asked.is_empty() {
-            Ok(Written::default())
-        } else {
-            self.store.publish(asked).await
-        };
-        let written = written.map_err(|error| self.failed(error))?;
+        let mut written = Written::default();
+        if !asked.is_empty() {
+            let permit = self.broker.permit(asked.len());
+            let published = self.store.publish(asked, permit.handoff()).await;
+            written = published.map_err(|error| self.failed(error))?;
+            self.send_at_once(permit, &mut written).await;
+        }
         self.answer("publish", places, written)
     }
 
@@ -189,15 +190,31 @@ impl Service {
             let _permit = permit;
             let decision = |id: Result<MessageId, Invalid>| Ok(Decision { id: id?, event });
             let (asked, places) = split(call.ids.into_iter().map(decision));
-            let written = if asked.is_empty() {
-                Ok(Written::default())
-            } else {
-                service.store.decide(&call.producer, asked).await
-            };
-            let written = written.map_err(|error| service.failed(error))?;
+            let mut written = Written::default();
+            if !asked.is_empty() {
+                let permit = match event {
+                    MessageEvent::Confirm | MessageEvent::Publish => {
+                        service.broker.permit(asked.len())
+                    }
+                    MessageEvent::Cancel | MessageEvent::Prepare => Permit::none(),
+                };
+                let decided = (service.store)
+                    .decide(&call.producer, asked, permit.handoff())
+                    .await;
+                written = decided.map_err(|error| service.failed(error))?;
+                service.send_at_once(permit, &mut written).await;
+            }
             service.answer("decide", places, written)
         })
         .await
+    }
+
+    /// Hands what was leased to this process to the broker.
+    async fn send_at_once(&self, permit: Permit, written: &mut Written) {
+        let handed = std::mem::take(&mut written.handed);
+        if !handed.is_empty() {
+            self.broker.hand_over(permit, handed).await;
+        }
     }
 
     async fn write_answers(&self, call: Answers) -> Result<Vec<ItemResult<AnswerOutcome>>, Error> {

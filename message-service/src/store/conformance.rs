@@ -204,7 +204,7 @@ async fn prepare(store: &dyn Store, messages: Vec<NewMessage>) -> Vec<ItemResult
 async fn decide(store: &dyn Store, n: u128, event: MessageEvent) -> ItemResult {
     let decisions = vec![Decision { id: id(n), event }];
     store
-        .decide("payment", decisions)
+        .decide("payment", decisions, Handoff::none())
         .await
         .unwrap()
         .items
@@ -213,7 +213,12 @@ async fn decide(store: &dyn Store, n: u128, event: MessageEvent) -> ItemResult {
 
 async fn published(store: &dyn Store, numbers: impl IntoIterator<Item = u128>) {
     let messages = numbers.into_iter().map(message).collect();
-    for item in store.publish(messages).await.unwrap().items {
+    for item in store
+        .publish(messages, Handoff::none())
+        .await
+        .unwrap()
+        .items
+    {
         assert_eq!(item, Ok(MessageState::Confirmed));
     }
 }

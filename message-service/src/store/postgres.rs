@@ -10,6 +10,7 @@ mod checks;
 mod console;
 mod decisions;
 mod deliveries;
+mod handoff;
 mod lanes;
 mod messages;
 mod open;
@@ -45,9 +46,9 @@ use time::StoreClock;
 use topology::Apply;
 
 use super::{
-    AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryCursor,
-    DeliveryView, Error, Lane, MessageFilter, MessageView, Overdue, OverdueDecision, Retired,
-    Returned, Sent, Shown, Store, Unsent, Written,
+    AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryClaim,
+    DeliveryCursor, DeliveryView, Error, Handed, Handoff, Lane, MessageFilter, MessageView,
+    Overdue, OverdueDecision, Retired, Returned, Sent, Shown, Store, Unsent, Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -130,14 +131,19 @@ impl Store for PostgresStore {
         self.lanes.prepare.call((messages, check_after)).await
     }
 
-    async fn publish(&self, messages: Vec<NewMessage>) -> Result<Written, Error> {
-        self.lanes.publish.call(messages).await
+    async fn publish(&self, messages: Vec<NewMessage>, handoff: Handoff) -> Result<Written, Error> {
+        self.lanes.publish.call((messages, handoff)).await
     }
 
-    async fn decide(&self, producer: &str, decisions: Vec<Decision>) -> Result<Written, Error> {
+    async fn decide(
+        &self,
+        producer: &str,
+        decisions: Vec<Decision>,
+        handoff: Handoff,
+    ) -> Result<Written, Error> {
         self.lanes
             .decide
-            .call((producer.to_owned(), decisions))
+            .call((producer.to_owned(), decisions, handoff))
             .await
     }
 
@@ -203,6 +209,16 @@ impl Store for PostgresStore {
         self.lanes
             .claim
             .call((subscription.to_owned(), lane, lease))
+            .await
+    }
+
+    async fn load(&self, handed: Vec<Handed>) -> Result<Vec<Option<DeliveryClaim>>, Error> {
+        let handed = Arc::new(handed);
+        self.readers
+            .read("read bodies", move |db| {
+                let handed = Arc::clone(&handed);
+                Box::pin(async move { handoff::load(db, &handed).await })
+            })
             .await
     }
 

@@ -30,9 +30,9 @@ use time::StoreClock;
 use writer::{Kind, Writer};
 
 use super::{
-    AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryCursor,
-    DeliveryView, Error, Lane, MessageFilter, MessageView, Overdue, OverdueDecision, Retired,
-    Returned, Sent, Shown, Store, Unsent, Written,
+    AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryClaim,
+    DeliveryCursor, DeliveryView, Error, Handed, Handoff, Lane, MessageFilter, MessageView,
+    Overdue, OverdueDecision, Retired, Returned, Sent, Shown, Store, Unsent, Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -106,12 +106,19 @@ impl Store for SqliteStore {
         )
     }
 
-    async fn publish(&self, messages: Vec<NewMessage>) -> Result<Written, Error> {
+    /// Leases nothing: its one process claims without another way through the file.
+    async fn publish(&self, messages: Vec<NewMessage>, _: Handoff) -> Result<Written, Error> {
         let rows = messages.len();
         write!(self, Publish, rows, messages::publish, messages)
     }
 
-    async fn decide(&self, producer: &str, decisions: Vec<Decision>) -> Result<Written, Error> {
+    /// Leases nothing, as above.
+    async fn decide(
+        &self,
+        producer: &str,
+        decisions: Vec<Decision>,
+        _: Handoff,
+    ) -> Result<Written, Error> {
         let rows = decisions.len();
         write!(
             self,
@@ -203,6 +210,11 @@ impl Store for SqliteStore {
             lane,
             lease
         )
+    }
+
+    async fn load(&self, handed: Vec<Handed>) -> Result<Vec<Option<DeliveryClaim>>, Error> {
+        debug_assert!(handed.is_empty(), "this store hands nothing over");
+        Ok(Vec::new())
     }
 
     async fn mark_sent(

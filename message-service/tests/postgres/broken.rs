@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use handfast_servers::{Options, Postgres, SmallDisk};
-use handfast_service::store::{Error, Store as _};
+use handfast_service::store::{Error, Handoff, Store as _};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -23,7 +23,7 @@ async fn a_server_that_is_killed_under_load_keeps_what_was_acknowledged() {
         calls.spawn(async move {
             let mut kept = Vec::new();
             for n in caller * 100_000 + 1.. {
-                match store.publish(vec![paid(n, 100)]).await {
+                match store.publish(vec![paid(n, 100)], Handoff::none()).await {
                     Ok(_) => {
                         acknowledged.fetch_add(1, Ordering::Relaxed);
                         kept.push(n);
@@ -80,7 +80,10 @@ fn signal(pid: u32, signal: &str) {
 async fn a_server_that_stands_still_is_unavailable_in_time() {
     let server = server(&[]);
     let store = open(&server).await;
-    store.publish(vec![paid(1, 100)]).await.unwrap();
+    store
+        .publish(vec![paid(1, 100)], Handoff::none())
+        .await
+        .unwrap();
     let backends = server
         .sql(
             "postgres",
@@ -93,7 +96,10 @@ async fn a_server_that_stands_still_is_unavailable_in_time() {
         .collect();
     stopped.push(Stopped::process(server.pid().unwrap()));
     let began = Instant::now();
-    let error = store.publish(vec![paid(2, 100)]).await.unwrap_err();
+    let error = store
+        .publish(vec![paid(2, 100)], Handoff::none())
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     assert!(began.elapsed() < Duration::from_secs(10), "{error}");
     drop(stopped);
@@ -113,7 +119,10 @@ async fn without_a_free_connection_calls_are_unavailable_and_afterwards_go_on() 
     } {
         held.push(connection);
     }
-    let error = store.publish(vec![paid(1, 100)]).await.unwrap_err();
+    let error = store
+        .publish(vec![paid(1, 100)], Handoff::none())
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     drop(held);
     ready_again(&store, 1).await;
@@ -124,13 +133,16 @@ async fn a_full_disk_is_unavailable_until_there_is_room() {
     let disk = SmallDisk::mount(160).unwrap();
     let server = Postgres::start_with(&Options::new().within(disk.path())).unwrap();
     let store = open(&server).await;
-    store.publish(vec![paid(1, 50_000)]).await.unwrap();
+    store
+        .publish(vec![paid(1, 50_000)], Handoff::none())
+        .await
+        .unwrap();
     let filler = disk.fill().unwrap();
     let mut kept = Vec::new();
     let began = Instant::now();
     let mut n = 2;
     let error = loop {
-        match store.publish(vec![paid(n, 50_000)]).await {
+        match store.publish(vec![paid(n, 50_000)], Handoff::none()).await {
             Ok(_) => kept.push(n),
             Err(error) => break error,
         }

@@ -7,7 +7,7 @@ use handfast_servers::{Options, Postgres};
 use handfast_service::clock::SystemClock;
 use handfast_service::message::{MessageId, NewMessage};
 use handfast_service::store::postgres::{Address, OpenError, PostgresStore};
-use handfast_service::store::{Error, Store as _};
+use handfast_service::store::{Error, Handoff, Store as _};
 use handfast_service::topology::{Producer, Subscription, Topic, Topology};
 use rand::rngs::StdRng;
 use rand::{RngCore as _, SeedableRng as _};
@@ -71,7 +71,7 @@ pub(crate) fn paid(n: u128, bytes: usize) -> NewMessage {
 /// Publishes until it works; panics after [`READY_WITHIN`].
 pub(crate) async fn ready_again(store: &PostgresStore, n: u128) {
     let began = Instant::now();
-    while let Err(error) = store.publish(vec![paid(n, 100)]).await {
+    while let Err(error) = store.publish(vec![paid(n, 100)], Handoff::none()).await {
         assert!(
             matches!(error, Error::Unavailable { .. }) && began.elapsed() < READY_WITHIN,
             "{error}"

@@ -37,9 +37,10 @@ fn only_on(point: Point) -> Option<Engines> {
         // What a stream of the service carries.
         Point::DELIVER_AFTER_WRITE => Some(Engines::Embedded),
         // What RabbitMQ carries, there and back.
-        Point::RELAY_CONFIRMED | Point::ANSWERS_RECORDED | Point::CONSUMER_PUBLISHED => {
-            Some(Engines::Production)
-        }
+        Point::RELAY_HANDED
+        | Point::RELAY_CONFIRMED
+        | Point::ANSWERS_RECORDED
+        | Point::CONSUMER_PUBLISHED => Some(Engines::Production),
         _ => None,
     }
 }
@@ -82,10 +83,13 @@ async fn dies_at(engines: Engines, point: Point) {
         | Point::PREPARE_AFTER_COMMIT
         | Point::DECIDE_BEFORE_COMMIT
         | Point::DECIDE_AFTER_COMMIT
-        | Point::CLAIM_BEFORE_COMMIT
-        | Point::CLAIM_AFTER_COMMIT
         | Point::DELIVER_AFTER_WRITE
+        | Point::RELAY_HANDED
         | Point::RELAY_CONFIRMED => busy(engines, Party::Service, point, 3).await,
+        Point::CLAIM_BEFORE_COMMIT | Point::CLAIM_AFTER_COMMIT => match engines {
+            Engines::Embedded => busy(engines, Party::Service, point, 3).await,
+            Engines::Production => left_to_claim(point).await,
+        },
         Point::ANSWERS_RECORDED
         | Point::ACKNOWLEDGE_BEFORE_COMMIT
         | Point::ACKNOWLEDGE_AFTER_COMMIT => {
@@ -146,6 +150,52 @@ async fn busy(engines: Engines, party: Party, point: Point, nth: u32) {
     let deaths = async {
         world.died_at(party, point).await;
         world.start(party).await;
+    };
+    let (paid, ()) = tokio::join!(payments.pay_all(&orders), deaths);
+    assert_eq!(paid, (20, 5));
+    world.drained().await.hold(FLOOR);
+}
+
+/// The service dies with deliveries in its memory that confirms have leased to it, and again
+/// when it claims what those leases have left.
+async fn left_to_claim(point: Point) {
+    let mut world = World::new(Engines::Production).await;
+    let handed = Point::RELAY_HANDED;
+    world.start_to_die(Party::Service, handed, 1).await;
+    world.start_all().await;
+    let payments = world.payments();
+    let orders = orders("a", ORDERS);
+    let deaths = async {
+        world.died_at(Party::Service, handed).await;
+        let db = world.database("service").await;
+        let count = async |what: &str| {
+            let count = format!("SELECT count(*) FROM delivery WHERE state = 'PENDING' AND {what}");
+            number(&db, &count).await
+        };
+        assert!(count("token IS NOT NULL").await > 0, "something was leased");
+        eventually("the leases have ended", SOON, async || {
+            let young = count(&format!("due_at > {}", db.ago(0))).await;
+            (young == 0)
+                .then_some(())
+                .ok_or_else(|| format!("{young} have not"))
+        })
+        .await;
+        let mut claimed = 0;
+        // The first claims may be those of lanes that have nothing to do.
+        for nth in 1..=8 {
+            world.start_to_die(Party::Service, point, nth).await;
+            world.died_at(Party::Service, point).await;
+            claimed = count("generation = 2").await;
+            if claimed > 0 || point == Point::CLAIM_BEFORE_COMMIT {
+                break;
+            }
+        }
+        match point == Point::CLAIM_AFTER_COMMIT {
+            true => assert!(claimed > 0, "the claim is durable"),
+            false => assert_eq!(claimed, 0, "the claim was not committed"),
+        }
+        db.close().await;
+        world.start(Party::Service).await;
     };
     let (paid, ()) = tokio::join!(payments.pay_all(&orders), deaths);
     assert_eq!(paid, (20, 5));

@@ -10,13 +10,17 @@ use handfast_tests::{Config, Engines, Party, World, eventually};
 
 const TOPIC: &str = "fact";
 const SOON: Duration = Duration::from_secs(20);
+/// The pace of the publisher: what it sends in all is less than a consumer may hold.
+const PACE: Duration = Duration::from_millis(5);
 /// Nothing more comes from a queue that was quiet for so long.
 const QUIET: Duration = Duration::from_secs(1);
 
 /// Publishes until the service has died.
 async fn publish_until_dead(world: &mut World, source: &Raw, point: Point) {
+    let mut pace = tokio::time::interval(PACE);
     let publishing = async {
         loop {
+            pace.tick().await;
             source.publish(&message(TOPIC)).await;
         }
     };
@@ -63,7 +67,7 @@ async fn nothing_is_sent_that_rabbitmq_does_not_have() {
     let mut world = World::bare(Engines::Production, config);
     let source = world.raw("source");
     for (point, nth) in [
-        (Point::CLAIM_AFTER_COMMIT, 10),
+        (Point::RELAY_HANDED, 10),
         (Point::RELAY_CONFIRMED, 10),
         (Point::SENT_BEFORE_COMMIT, 2),
         (Point::SENT_AFTER_COMMIT, 2),

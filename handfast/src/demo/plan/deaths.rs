@@ -76,11 +76,12 @@ const SERVICE_POINTS: [Point; 9] = [
 ];
 
 /// The same, with PostgreSQL and RabbitMQ.
-const SERVICE_POINTS_ON_SERVERS: [Point; 10] = [
+const SERVICE_POINTS_ON_SERVERS: [Point; 11] = [
     Point::PREPARE_BEFORE_COMMIT,
     Point::PREPARE_AFTER_COMMIT,
     Point::DECIDE_BEFORE_COMMIT,
     Point::DECIDE_AFTER_COMMIT,
+    Point::RELAY_HANDED,
     Point::CLAIM_BEFORE_COMMIT,
     Point::CLAIM_AFTER_COMMIT,
     Point::RELAY_CONFIRMED,

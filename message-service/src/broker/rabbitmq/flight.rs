@@ -20,6 +20,7 @@ use super::link::{Link, Opened, STEP};
 use super::publish::{Batch, Fate, Outgoing, Progress};
 use super::queues::{Health, Queues};
 use super::wire;
+use crate::broker::handoff::Leased;
 use crate::store::{DeliveryClaim, NotSent, Sent, Unsent};
 
 /// How long nothing may happen before it is looked at why.
@@ -303,6 +304,21 @@ impl RabbitMq {
         }
         for (subscription, unsent) in by {
             self.queues.landed(&subscription, unsent.len() as u64, 0);
+            self.return_unsent(&subscription, unsent).await;
+        }
+    }
+
+    /// Gives back what a confirm has leased to this process and what is not sent after all.
+    pub(super) async fn give_up(&self, leased: impl IntoIterator<Item = Leased>) {
+        let mut by: BTreeMap<String, Vec<Unsent>> = BTreeMap::new();
+        for Leased { handed, .. } in leased {
+            by.entry(handed.subscription).or_default().push(Unsent {
+                id: handed.id,
+                token: handed.token,
+                why: NotSent::Untried,
+            });
+        }
+        for (subscription, unsent) in by {
             self.return_unsent(&subscription, unsent).await;
         }
     }

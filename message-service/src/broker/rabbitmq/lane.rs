@@ -1,10 +1,13 @@
 //! The lanes of the healthy queues: claim, publish, claim the next meanwhile.
 //!
+//! What a confirm has leased to this process needs no claim; the fresh lane takes it first.
+//!
 //! There are two, so that a backlog takes half of what there is and no more: one for what was
 //! confirmed within the last minute, one for everything that is due. What a lane has claimed
 //! for several queues flies on a channel for each: a channel works off what it is given in order
 //! and stands still at a queue that does not answer, and then it must hold nobody else's messages.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -84,7 +87,7 @@ impl Running {
                 if self.wait(gathered.next_due_in).await {
                     continue;
                 }
-                return;
+                break;
             }
             let batches = std::mem::take(&mut gathered.batches);
             let flying = self.take_off(batches).await;
@@ -96,6 +99,10 @@ impl Running {
         }
         for batch in gathered.batches {
             self.rabbit.give_back(batch).await;
+        }
+        if self.pace == Pace::Fresh {
+            let waiting = self.rabbit.handoffs.close();
+            self.rabbit.give_up(waiting).await;
         }
     }
 
@@ -146,8 +153,14 @@ impl Running {
         let mut gathered = Gathered::default();
         let mut bytes = CLAIMED_BYTES;
         let mut refused = false;
+        let mut handed = BTreeMap::new();
+        if self.pace == Pace::Fresh {
+            handed = self.take_handed(&mut bytes).await;
+        }
         for subscription in self.rabbit.queues.turns(self.pace) {
-            if gathered.batches.len() == CHANNELS || bytes == 0 || refused {
+            let channels = gathered.batches.len() + handed.len();
+            let has_turn = handed.contains_key(&subscription);
+            if channels == CHANNELS || bytes == 0 || refused || has_turn {
                 self.rabbit.queues.more(self.pace, &subscription);
                 continue;
             }
@@ -179,10 +192,65 @@ impl Running {
                 gathered.batches.push(loaded);
             }
         }
+        gathered.batches.extend(handed.into_values());
         if refused {
             tokio::time::sleep(RETRY).await;
         }
         gathered
+    }
+
+    /// Takes what waits of what confirms have leased to this process, a batch for each
+    /// subscription in turn.
+    async fn take_handed(&mut self, bytes: &mut usize) -> BTreeMap<String, Vec<Loaded>> {
+        let rabbit = Arc::clone(&self.rabbit);
+        let (mut sent, mut unsent) = (Vec::new(), Vec::new());
+        for _ in 0..rabbit.handoffs.turns().min(CHANNELS) {
+            if *bytes == 0 {
+                break;
+            }
+            let Some((subscription, mut leased)) = rabbit.handoffs.take(BATCH, *bytes) else {
+                break;
+            };
+            let mut room = 0;
+            if rabbit.queues.is_open(&subscription) {
+                room = rabbit.queues.reserve(&subscription, leased.len());
+            }
+            unsent.extend(leased.split_off(room));
+            let taken: usize = leased.iter().map(|one| one.handed.body_bytes).sum();
+            *bytes = bytes.saturating_sub(taken);
+            sent.extend(leased);
+        }
+        rabbit.give_up(unsent).await;
+        if sent.is_empty() {
+            return BTreeMap::new();
+        }
+        let handed = sent.iter().map(|one| one.handed.clone()).collect();
+        let loaded = rabbit.store.load(handed).await;
+        let Some(loaded) = self.trouble.note(loaded) else {
+            for one in &sent {
+                rabbit.queues.landed(&one.handed.subscription, 1, 0);
+            }
+            rabbit.give_up(sent).await;
+            return BTreeMap::new();
+        };
+        let mut batches: BTreeMap<String, Vec<Loaded>> = BTreeMap::new();
+        for (one, claim) in sent.into_iter().zip(loaded) {
+            let subscription = one.handed.subscription;
+            let Some(claim) = claim else {
+                // It was reported, and is found again when its lease has ended.
+                rabbit.queues.landed(&subscription, 1, 0);
+                continue;
+            };
+            batches
+                .entry(subscription.clone())
+                .or_default()
+                .push(Loaded {
+                    subscription,
+                    claim,
+                    claimed_at: one.leased_at,
+                });
+        }
+        batches
     }
 
     async fn claim(

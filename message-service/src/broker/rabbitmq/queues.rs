@@ -244,6 +244,15 @@ impl Queues {
         names
     }
 
+    /// The queues that may be sent to, and what fits.
+    pub(super) fn rooms(&self) -> Vec<(String, u64)> {
+        let state = self.lock();
+        let open = state.queues.iter();
+        open.filter(|(_, queue)| queue.health == Health::Open)
+            .map(|(name, queue)| (name.clone(), queue.room(state.processes)))
+            .collect()
+    }
+
     /// Takes room for at most this many messages, before they are claimed: two lanes must not
     /// fill the same room. It is given back by [`Self::landed`].
     pub(super) fn reserve(&self, name: &str, most: usize) -> usize {

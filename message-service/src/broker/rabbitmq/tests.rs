@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::message::{Answer, AnswerKind, DeliveryState, NewMessage};
+use crate::store::Handoff;
 use crate::world::{DEADLINE, TOPIC, World, id, message};
 
 /// The server that tests use. Without one they fail: there is nothing else they could say.
@@ -60,6 +61,8 @@ fn settings() -> Settings {
         seed: 1,
     }
 }
+
+mod handoff;
 
 async fn scene() -> Scene {
     let scene = at_rest(settings()).await;
@@ -204,7 +207,12 @@ async fn what_comes_due_by_time_is_sent_however_busy_others_are() {
         deliver_after: Some(scene.world.store.now().after(Duration::from_secs(60))),
         ..message(1)
     };
-    scene.world.store.publish(vec![later]).await.unwrap();
+    scene
+        .world
+        .store
+        .publish(vec![later], Handoff::none())
+        .await
+        .unwrap();
     let rabbit = Arc::clone(&scene.rabbit);
     let busy = tokio::spawn(async move {
         loop {
@@ -403,7 +411,12 @@ async fn a_message_that_closes_its_channel_ends_dead_and_its_neighbours_arrive()
     let mut all: Vec<_> = (1..=6).map(crate::world::message).collect();
     all.insert(3, poison);
     use crate::store::Store as _;
-    scene.world.store.publish(all).await.unwrap();
+    scene
+        .world
+        .store
+        .publish(all, Handoff::none())
+        .await
+        .unwrap();
     scene.rabbit.due(&[TOPIC.to_owned()].into());
     let mut copies = std::collections::BTreeSet::new();
     let advance = async {

@@ -10,7 +10,10 @@ pub(crate) async fn a_body_comes_back_as_it_was_handed_over(harness: &impl Harne
         key: Some("ключ".into()),
         ..message(1)
     };
-    store.publish(vec![original.clone()]).await.unwrap();
+    store
+        .publish(vec![original.clone()], Handoff::none())
+        .await
+        .unwrap();
     let claim = claim(&*store, "points", 1).await.remove(0);
     assert_eq!(claim.payload, original.payload);
     assert_eq!(claim.headers, original.headers);
@@ -87,7 +90,7 @@ pub(crate) async fn a_claim_respects_bytes_but_takes_at_least_one(harness: &impl
         ..message(n)
     };
     store
-        .publish(vec![large(1), large(2), large(3)])
+        .publish(vec![large(1), large(2), large(3)], Handoff::none())
         .await
         .unwrap();
     let mut taken = Vec::new();

@@ -55,7 +55,14 @@ pub(crate) async fn the_same_id_with_other_content_is_refused_and_nothing_change
         prepare(&*store, vec![other.clone()]).await,
         std::slice::from_ref(&refused)
     );
-    assert_eq!(store.publish(vec![other]).await.unwrap().items, [refused]);
+    assert_eq!(
+        store
+            .publish(vec![other], Handoff::none())
+            .await
+            .unwrap()
+            .items,
+        [refused]
+    );
     assert_eq!(store.show(id(1), true).await.unwrap(), before);
 }
 
@@ -68,7 +75,14 @@ pub(crate) async fn another_producers_id_is_refused_without_its_state(harness: &
     };
     let taken = [Err(Refusal::IdTaken(id(1)))];
     assert_eq!(prepare(&*store, vec![theirs.clone()]).await, taken);
-    assert_eq!(store.publish(vec![theirs]).await.unwrap().items, taken);
+    assert_eq!(
+        store
+            .publish(vec![theirs], Handoff::none())
+            .await
+            .unwrap()
+            .items,
+        taken
+    );
 }
 
 pub(crate) async fn the_same_id_twice_in_one_list_is_a_repeat(harness: &impl Harness) {
@@ -136,7 +150,11 @@ pub(crate) async fn a_held_key_names_its_holder_and_has_it_checked_at_once(harne
         held(MessageState::Confirmed)
     );
     assert_eq!(
-        store.publish(vec![keyed(3, "k")]).await.unwrap().items,
+        store
+            .publish(vec![keyed(3, "k")], Handoff::none())
+            .await
+            .unwrap()
+            .items,
         held(MessageState::Confirmed)
     );
 }
@@ -178,7 +196,10 @@ pub(crate) async fn confirming_creates_one_delivery_per_active_subscription(
         id: id(n),
         event: MessageEvent::Confirm,
     });
-    let written = store.decide("payment", decisions.to_vec()).await.unwrap();
+    let written = store
+        .decide("payment", decisions.to_vec(), Handoff::none())
+        .await
+        .unwrap();
     assert_eq!(
         written.items,
         [Ok(MessageState::Confirmed), Ok(MessageState::Confirmed)]
@@ -213,7 +234,11 @@ pub(crate) async fn a_repeated_confirm_creates_nothing(harness: &impl Harness) {
         };
         2
     ];
-    let items = store.decide("payment", twice).await.unwrap().items;
+    let items = store
+        .decide("payment", twice, Handoff::none())
+        .await
+        .unwrap()
+        .items;
     assert_eq!(
         items,
         [Ok(MessageState::Confirmed), Ok(MessageState::Confirmed)]
@@ -253,7 +278,11 @@ pub(crate) async fn another_producers_message_cannot_be_decided(harness: &impl H
     prepare(&*store, vec![message(1)]).await;
     for event in [MessageEvent::Confirm, MessageEvent::Cancel] {
         let theirs = vec![Decision { id: id(1), event }];
-        let items = store.decide("shop", theirs).await.unwrap().items;
+        let items = store
+            .decide("shop", theirs, Handoff::none())
+            .await
+            .unwrap()
+            .items;
         assert_eq!(items, [Err(Refusal::NoSuchMessage(id(1)))]);
     }
     assert_eq!(store.get("shop", vec![id(1)]).await.unwrap(), [None]);
@@ -265,7 +294,10 @@ pub(crate) async fn another_producers_message_cannot_be_decided(harness: &impl H
 
 pub(crate) async fn publishing_is_preparing_and_confirming_in_one_write(harness: &impl Harness) {
     let store = ready(harness).await;
-    let written = store.publish(vec![message(1), message(1)]).await.unwrap();
+    let written = store
+        .publish(vec![message(1), message(1)], Handoff::none())
+        .await
+        .unwrap();
     assert_eq!(
         written.items,
         [Ok(MessageState::Confirmed), Ok(MessageState::Confirmed)]
@@ -282,7 +314,11 @@ pub(crate) async fn publishing_what_was_prepared_confirms_it(harness: &impl Harn
     assert_eq!(shown(&*store, 1).await.deliveries.len(), 2);
     prepare(&*store, vec![message(2)]).await;
     decide(&*store, 2, MessageEvent::Cancel).await.unwrap();
-    let items = store.publish(vec![message(2)]).await.unwrap().items;
+    let items = store
+        .publish(vec![message(2)], Handoff::none())
+        .await
+        .unwrap()
+        .items;
     assert!(
         matches!(items[..], [Err(Refusal::WrongState { .. })]),
         "{items:?}"

@@ -158,7 +158,7 @@ pub(crate) async fn a_dropped_call_is_done_as_a_whole_or_not_at_all(harness: &im
     let store = ready(harness).await;
     for round in 0..50_u128 {
         let numbers = (round * 10 + 1)..=(round * 10 + 10);
-        let call = store.publish(numbers.clone().map(message).collect());
+        let call = store.publish(numbers.clone().map(message).collect(), Handoff::none());
         // Polled a few times and dropped, as a client that goes away drops its call.
         let mut call = std::pin::pin!(call);
         for _ in 0..round % 4 {
@@ -244,10 +244,13 @@ pub(crate) async fn counts_add_up(harness: &impl Harness) {
     decide(&*store, 1, MessageEvent::Cancel).await.unwrap();
     published(&*store, 4..=8).await;
     store
-        .publish(vec![NewMessage {
-            topic: "audit".into(),
-            ..message(9)
-        }])
+        .publish(
+            vec![NewMessage {
+                topic: "audit".into(),
+                ..message(9)
+            }],
+            Handoff::none(),
+        )
         .await
         .unwrap();
     send(&*store, 4).await;
@@ -276,7 +279,10 @@ pub(crate) async fn the_backlog_is_what_is_unfinished(harness: &impl Harness) {
         ..message(n)
     };
     prepare(&*store, (1..=2).map(large).collect()).await;
-    store.publish((3..=5).map(large).collect()).await.unwrap();
+    store
+        .publish((3..=5).map(large).collect(), Handoff::none())
+        .await
+        .unwrap();
     // Each once, though two subscriptions have three of them.
     let about_10_000_each = 5 * 9_000..5 * 11_000;
     let backlog = store.backlog_bytes().await.unwrap();
@@ -317,7 +323,7 @@ pub(crate) async fn random_calls_keep_to_the_model(harness: &impl Harness) {
         let item = match event {
             MessageEvent::Prepare => prepare(&*store, vec![message(n)]).await.remove(0),
             MessageEvent::Publish => store
-                .publish(vec![message(n)])
+                .publish(vec![message(n)], Handoff::none())
                 .await
                 .unwrap()
                 .items

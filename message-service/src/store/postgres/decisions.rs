@@ -2,26 +2,30 @@
 
 use std::collections::{HashMap, HashSet};
 
+use rand::rngs::StdRng;
+
+use super::handoff::{Confirmed, Leases, confirmed, fan_out};
 use super::lanes::{Replies, Work};
 use super::rows::{get, id, uuid};
 use super::session::Session;
+use super::time::span;
 use super::verbs::{Answers, IDLE_ROUNDS, Place, stored, unknown};
 use crate::message::{Effect, MessageEvent, MessageId, MessageState, WrongState};
 use crate::store::kind::Kind;
-use crate::store::{Decision, Refusal, Written};
+use crate::store::{Decision, Handoff, Refusal, Written};
 
 /// The lane of confirm and cancel.
-pub(super) struct Decide;
+pub(super) struct Decide(pub(super) StdRng);
 
 impl Work for Decide {
-    type Call = (String, Vec<Decision>);
+    type Call = (String, Vec<Decision>, Handoff);
     type Reply = Written;
 
     fn kind(&self) -> Kind {
         Kind::Decide
     }
 
-    fn size((_, decisions): &Self::Call) -> (usize, usize) {
+    fn size((_, decisions, _): &Self::Call) -> (usize, usize) {
         (decisions.len(), 0)
     }
 
@@ -30,9 +34,11 @@ impl Work for Decide {
         db: &mut Session,
         calls: &[Self::Call],
     ) -> Result<Replies<Written>, sqlx::Error> {
-        let mut answers = Answers::new(calls.iter().map(|(_, decisions)| decisions.len()));
+        let mut answers = Answers::new(calls.iter().map(|(_, decisions, _)| decisions.len()));
+        let handoffs = calls.iter().map(|(.., handoff)| handoff);
+        let mut leases = Leases::joined(handoffs, &mut self.0);
         let mut open: Vec<Decided<'_>> = Vec::new();
-        for (call, (producer, decisions)) in calls.iter().enumerate() {
+        for (call, (producer, decisions, _)) in calls.iter().enumerate() {
             for (item, decision) in decisions.iter().enumerate() {
                 let place = Place { call, item };
                 open.push(Decided {
@@ -46,7 +52,7 @@ impl Work for Decide {
         let mut idle = 0;
         while !open.is_empty() && idle < IDLE_ROUNDS {
             let before = open.len();
-            open = decide_round(db, open, &mut answers).await?;
+            open = decide_round(db, open, &mut leases, &mut answers).await?;
             idle = if open.len() < before { 0 } else { idle + 1 };
         }
         Ok(answers.finish(Kind::Decide.doing(), open.iter().map(|item| item.place)))
@@ -65,6 +71,7 @@ struct Decided<'a> {
 async fn decide_round<'a>(
     db: &mut Session,
     open: Vec<Decided<'a>>,
+    leases: &mut Leases,
     answers: &mut Answers,
 ) -> Result<Vec<Decided<'a>>, sqlx::Error> {
     let mut seen = HashSet::new();
@@ -75,18 +82,15 @@ async fn decide_round<'a>(
         .filter(|(_, first)| **first)
         .map(|(item, _)| (item.id, item.producer, target(item.event)))
         .collect();
-    let moved = decide(db, &first).await?;
+    let mut moved = decide(db, &first, leases).await?;
     let mut rest = Vec::new();
     for (item, first) in open.into_iter().zip(turn) {
-        match moved.get(&item.id) {
-            Some(topic) if first => {
-                let state = target(item.event);
-                answers.item(item.place, Ok(state));
-                if state == MessageState::Confirmed {
-                    answers.topic(item.place, topic);
-                }
+        match moved.remove(&item.id).filter(|_| first) {
+            Some(confirmed) => {
+                answers.item(item.place, Ok(target(item.event)));
+                answers.confirmed(item.place, confirmed);
             }
-            _ => rest.push(item),
+            None => rest.push(item),
         }
     }
     let stored = stored(db, rest.iter().map(|item| item.id), Kind::Decide.doing()).await?;
@@ -128,53 +132,58 @@ pub(super) const fn target(event: MessageEvent) -> MessageState {
     }
 }
 
-/// Confirms or cancels PREPARED messages of these producers, with their deliveries. Returns the
-/// topics of those it moved.
+/// Confirms or cancels PREPARED messages of these producers, with their deliveries. Returns
+/// those it moved.
 pub(super) async fn decide(
     db: &mut Session,
     decisions: &[(MessageId, &str, MessageState)],
-) -> Result<HashMap<MessageId, String>, sqlx::Error> {
+    leases: &mut Leases,
+) -> Result<HashMap<MessageId, Confirmed>, sqlx::Error> {
     if decisions.is_empty() {
         return Ok(HashMap::new());
     }
     let ids: Vec<_> = decisions.iter().map(|(id, ..)| uuid(*id)).collect();
     let producers: Vec<_> = decisions.iter().map(|(_, producer, _)| *producer).collect();
     let states: Vec<_> = decisions.iter().map(|(.., state)| state.as_str()).collect();
+    let (names, room) = leases.room();
     let rows = db
-        .fetch(DECIDE, |query| {
-            query.bind(&ids).bind(&producers).bind(&states)
+        .fetch(&decide_sql(), |query| {
+            query
+                .bind(&ids)
+                .bind(&producers)
+                .bind(&states)
+                .bind(&names)
+                .bind(&room)
+                .bind(span(leases.lease))
+                .bind(leases.token)
         })
         .await?;
-    rows.iter()
-        .map(|row| Ok((id(row, "id")?, get(row, "topic")?)))
-        .collect()
+    confirmed(&rows, leases)
 }
 
 /// Locks along the primary key, moves, and fans out to who is subscribed at this moment.
-pub(super) const DECIDE: &str = "-- decide
-    WITH input AS MATERIALIZED (
-        SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS i(id, producer, state)
-    ), locked AS MATERIALIZED (
-        SELECT m.id, i.state FROM input i JOIN message m ON m.id = i.id
-         WHERE m.producer = i.producer AND m.state = 'PREPARED'
-         ORDER BY m.id FOR UPDATE OF m /* waits */
-    ), decided AS (
-        UPDATE message m
-           SET state = l.state, decided_at = clock_timestamp(), decided_by = 'PRODUCER',
-               check_at = NULL, check_token = NULL, unresolved = false,
-               unsubscribed = l.state = 'CONFIRMED' AND NOT EXISTS (
-                   SELECT FROM subscription s WHERE s.topic = m.topic AND s.active)
-          FROM locked l WHERE m.id = l.id
-        RETURNING m.id, m.state, m.topic, m.deliver_after, m.decided_at
-    ), deliveries AS (
-        INSERT INTO delivery (message_id, subscription, state, due_at, confirmed_at)
-        SELECT d.id, s.name, 'PENDING', greatest(d.deliver_after, d.decided_at),
-               d.decided_at
-          FROM decided d JOIN subscription s ON s.topic = d.topic AND s.active
-         WHERE d.state = 'CONFIRMED'
-         ORDER BY d.id, s.name
+pub(super) fn decide_sql() -> String {
+    let fan_out = fan_out(4);
+    format!(
+        "-- decide
+        WITH input AS MATERIALIZED (
+            SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS i(id, producer, state)
+        ), locked AS MATERIALIZED (
+            SELECT m.id, i.state FROM input i JOIN message m ON m.id = i.id
+             WHERE m.producer = i.producer AND m.state = 'PREPARED'
+             ORDER BY m.id FOR UPDATE OF m /* waits */
+        ), decided AS (
+            UPDATE message m
+               SET state = l.state, decided_at = clock_timestamp(), decided_by = 'PRODUCER',
+                   check_at = NULL, check_token = NULL, unresolved = false,
+                   unsubscribed = l.state = 'CONFIRMED' AND NOT EXISTS (
+                       SELECT FROM subscription s WHERE s.topic = m.topic AND s.active)
+              FROM locked l WHERE m.id = l.id
+            RETURNING m.id, m.state, m.topic, m.deliver_after, m.decided_at, m.producer, m.key,
+                      m.bucket, m.body_bytes
+        ), {fan_out}"
     )
-    SELECT id, topic FROM decided";
+}
 
 /// Marks messages whose decision was contradicted. The first contradiction is kept.
 pub(super) async fn mark_conflicts(

@@ -4,11 +4,13 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rand::rngs::StdRng;
 use sqlx::postgres::types::PgInterval;
 use uuid::Uuid;
 
 use super::bodies::Current;
 use super::decisions::{decide, mark_conflicts, target};
+use super::handoff::{Confirmed, Leases, confirmed, fan_out};
 use super::lanes::{Replies, Work};
 use super::rows::{clean, get, id, long, message_state, uuid};
 use super::session::{Session, Trouble, trouble};
@@ -16,7 +18,7 @@ use super::time::{At, span};
 use super::verbs::{Answers, IDLE_ROUNDS, Place, stored, unknown};
 use crate::message::{Effect, MessageEvent, MessageId, MessageState, NewMessage};
 use crate::store::kind::Kind;
-use crate::store::{Error, Refusal, Written};
+use crate::store::{Error, Handoff, Refusal, Written};
 
 /// The lane of prepare.
 pub(super) struct Prepare(pub(super) Arc<Current>);
@@ -42,22 +44,24 @@ impl Work for Prepare {
         calls: &[Self::Call],
     ) -> Result<Replies<Written>, sqlx::Error> {
         let lists = calls.iter().map(|(messages, wait)| (&messages[..], *wait));
-        hand_over(db, &self.0, MessageEvent::Prepare, lists.collect()).await
+        let mut leases = Leases::none();
+        let lists = lists.collect();
+        hand_over(db, &self.0, MessageEvent::Prepare, lists, &mut leases).await
     }
 }
 
 /// The lane of publish.
-pub(super) struct Publish(pub(super) Arc<Current>);
+pub(super) struct Publish(pub(super) Arc<Current>, pub(super) StdRng);
 
 impl Work for Publish {
-    type Call = Vec<NewMessage>;
+    type Call = (Vec<NewMessage>, Handoff);
     type Reply = Written;
 
     fn kind(&self) -> Kind {
         Kind::Publish
     }
 
-    fn size(messages: &Self::Call) -> (usize, usize) {
+    fn size((messages, _): &Self::Call) -> (usize, usize) {
         (
             messages.len(),
             messages.iter().map(NewMessage::body_bytes).sum(),
@@ -69,10 +73,15 @@ impl Work for Publish {
         db: &mut Session,
         calls: &[Self::Call],
     ) -> Result<Replies<Written>, sqlx::Error> {
-        let lists = calls.iter().map(|messages| (&messages[..], Duration::ZERO));
-        hand_over(db, &self.0, MessageEvent::Publish, lists.collect()).await
+        let lists = calls.iter();
+        let lists = lists.map(|(messages, _)| (&messages[..], Duration::ZERO));
+        let handoffs = calls.iter().map(|(_, handoff)| handoff);
+        let mut leases = Leases::joined(handoffs, &mut self.1);
+        let lists = lists.collect();
+        hand_over(db, &self.0, MessageEvent::Publish, lists, &mut leases).await
     }
 }
+
 /// A message that is handed over.
 struct Handed<'a> {
     place: Place,
@@ -93,6 +102,7 @@ async fn hand_over(
     bucket: &Current,
     event: MessageEvent,
     lists: Vec<(&[NewMessage], Duration)>,
+    leases: &mut Leases,
 ) -> Result<Replies<Written>, sqlx::Error> {
     let doing = match event {
         MessageEvent::Publish => Kind::Publish.doing(),
@@ -114,7 +124,7 @@ async fn hand_over(
     let mut idle = 0;
     while !open.is_empty() && idle < IDLE_ROUNDS {
         let before = open.len();
-        open = hand_over_round(db, bucket, event, doing, open, &mut answers).await?;
+        open = hand_over_round(db, bucket, event, doing, open, leases, &mut answers).await?;
         idle = if open.len() < before { 0 } else { idle + 1 };
         if idle > 0 {
             bucket.forget();
@@ -131,6 +141,7 @@ async fn hand_over_round<'a>(
     event: MessageEvent,
     doing: &'static str,
     open: Vec<Handed<'a>>,
+    leases: &mut Leases,
     answers: &mut Answers,
 ) -> Result<Vec<Handed<'a>>, sqlx::Error> {
     let (mut ids, mut keys) = (HashSet::new(), HashSet::new());
@@ -149,16 +160,18 @@ async fn hand_over_round<'a>(
         .filter(|(_, first)| **first)
         .map(|(item, _)| item)
         .collect();
-    let inserted = insert(db, bucket, event, &first).await?;
+    let mut inserted = insert(db, bucket, event, &first, leases).await?;
     let mut rest = Vec::new();
     for (item, first) in open.into_iter().zip(turn) {
-        if first && inserted.contains(&item.message.id) {
-            if event == MessageEvent::Publish {
-                answers.topic(item.place, &item.message.topic);
+        let id = item.message.id;
+        match inserted.remove(&id).filter(|_| first) {
+            Some(confirmed) => {
+                answers.item(item.place, Ok(target(event)));
+                if let Some(confirmed) = confirmed {
+                    answers.confirmed(item.place, confirmed);
+                }
             }
-            answers.item(item.place, Ok(target(event)));
-        } else {
-            rest.push(item);
+            None => rest.push(item),
         }
     }
     if rest.is_empty() {
@@ -247,12 +260,13 @@ async fn confirm_prepared<'a>(
         .filter(|item| seen.insert(item.message.id))
         .map(|item| (item.message.id, item.message.producer.as_str(), confirmed))
         .collect();
-    let moved = decide(db, &first).await?;
+    // What is published twice is rare: its deliveries are due for anybody.
+    let mut moved = decide(db, &first, &mut Leases::none()).await?;
     let mut again = Vec::new();
     for item in moving {
-        match moved.get(&item.message.id) {
-            Some(topic) => {
-                answers.topic(item.place, topic);
+        match moved.remove(&item.message.id) {
+            Some(moved) => {
+                answers.confirmed(item.place, moved);
                 answers.item(item.place, Ok(confirmed));
             }
             None => again.push(item),
@@ -319,29 +333,35 @@ async fn holders(
         .collect()
 }
 
-/// Inserts messages with their bodies and, published, their deliveries. Returns the ids of those
-/// that were new.
+/// Inserts messages with their bodies and, published, their deliveries. Returns those that were
+/// new, with what became of the deliveries.
 async fn insert(
     db: &mut Session,
     bucket: &Current,
     event: MessageEvent,
     items: &[&Handed<'_>],
-) -> Result<HashSet<MessageId>, sqlx::Error> {
+    leases: &mut Leases,
+) -> Result<HashMap<MessageId, Option<Confirmed>>, sqlx::Error> {
     if items.is_empty() {
-        return Ok(HashSet::new());
+        return Ok(HashMap::new());
     }
     let rows = Rows::of(items)?;
     let number = bucket.number(db).await?;
-    let inserted = match insert_into(db, number, event, &rows).await {
+    let inserted = match insert_into(db, number, event, &rows, leases).await {
         // The bucket is gone: this process slept through its whole life.
         Err(error) if trouble(&error) == Trouble::NoSuchTable => {
             bucket.forget();
             let number = bucket.number(db).await?;
-            insert_into(db, number, event, &rows).await?
+            insert_into(db, number, event, &rows, leases).await?
         }
         inserted => inserted?,
     };
-    inserted.iter().map(|row| id(row, "id")).collect()
+    if event == MessageEvent::Publish {
+        let inserted = confirmed(&inserted, leases)?.into_iter();
+        return Ok(inserted.map(|(id, one)| (id, Some(one))).collect());
+    }
+    let inserted = inserted.iter();
+    inserted.map(|row| Ok((id(row, "id")?, None))).collect()
 }
 
 async fn insert_into(
@@ -349,14 +369,17 @@ async fn insert_into(
     bucket: i64,
     event: MessageEvent,
     rows: &Rows<'_>,
+    leases: &Leases,
 ) -> Result<Vec<sqlx::postgres::PgRow>, sqlx::Error> {
-    let sql = if event == MessageEvent::Publish {
+    let is_publish = event == MessageEvent::Publish;
+    let sql = if is_publish {
         publish_sql(bucket)
     } else {
         prepare_sql(bucket)
     };
+    let (names, room) = leases.room();
     db.fetch(&sql, |query| {
-        query
+        let query = query
             .bind(&rows.ids)
             .bind(&rows.producers)
             .bind(&rows.topics)
@@ -368,7 +391,15 @@ async fn insert_into(
             .bind(&rows.check_after)
             .bind(&rows.content_types)
             .bind(&rows.headers)
-            .bind(&rows.payloads)
+            .bind(&rows.payloads);
+        if !is_publish {
+            return query;
+        }
+        query
+            .bind(&names)
+            .bind(&room)
+            .bind(span(leases.lease))
+            .bind(leases.token)
     })
     .await
 }
@@ -464,7 +495,7 @@ fn prepare_sql(bucket: i64) -> String {
 }
 
 fn publish_sql(bucket: i64) -> String {
-    let bodies = bodies_sql(bucket);
+    let (bodies, fan_out) = (bodies_sql(bucket), fan_out(13));
     format!(
         "-- publish
         WITH {INPUT}, t AS MATERIALIZED (
@@ -481,13 +512,10 @@ fn publish_sql(bucket: i64) -> String {
              WHERE EXISTS (SELECT FROM body_bucket WHERE number = {bucket} AND NOT closed)
              ORDER BY i.producer COLLATE \"C\", i.topic COLLATE \"C\", i.key COLLATE \"C\", i.id
             ON CONFLICT DO NOTHING
-            RETURNING id, topic, deliver_after, decided_at
-        ), {bodies}, deliveries AS (
-            INSERT INTO delivery (message_id, subscription, state, due_at, confirmed_at)
-            SELECT d.id, s.name, 'PENDING', greatest(d.deliver_after, d.decided_at), d.decided_at
-              FROM made d JOIN subscription s ON s.topic = d.topic AND s.active
-             ORDER BY d.id, s.name
-        )
-        SELECT id FROM made"
+            RETURNING id, state, topic, deliver_after, decided_at, producer, key, bucket,
+                      body_bytes
+        ), {bodies}, decided AS MATERIALIZED (
+            SELECT * FROM made
+        ), {fan_out}"
     )
 }

@@ -217,8 +217,8 @@ impl PostgresStore {
         let lanes = Lanes {
             apply: Lane::start(Apply, session(Use::Apply)),
             prepare: Lane::start(Prepare(Arc::clone(&bucket)), session(write)),
-            publish: Lane::start(Publish(bucket), session(write)),
-            decide: Lane::start(Decide, session(write)),
+            publish: Lane::start(Publish(bucket, rng()), session(write)),
+            decide: Lane::start(Decide(rng()), session(write)),
             claim_checks: Lane::start(ClaimChecks(rng()), session(write)),
             settle_checks: Lane::start(SettleChecks(rng()), session(write)),
             claim: Lane::start(Claim::new(rng()), session(write)),

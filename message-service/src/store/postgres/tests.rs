@@ -114,6 +114,7 @@ mod conforms {
     conformance_suite!(open_with_clock);
 }
 
+mod handoff;
 mod plans;
 mod races;
 mod trouble;

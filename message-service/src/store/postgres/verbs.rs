@@ -12,7 +12,9 @@ use super::lanes::Replies;
 use super::rows::{get, id, message_state, moved_on, uuid};
 use super::session::Session;
 use crate::message::{MessageId, MessageState};
-use crate::store::{Error, ItemResult, Written};
+use crate::store::{Error, Handed, ItemResult, Written};
+
+use super::handoff::Confirmed;
 
 /// Rounds without any progress after which the rest is given up.
 pub(super) const IDLE_ROUNDS: u32 = 4;
@@ -32,6 +34,7 @@ pub(super) struct Answers {
 struct CallAnswers {
     items: Vec<Option<ItemResult>>,
     topics: BTreeSet<String>,
+    handed: Vec<Handed>,
     failure: Option<Error>,
 }
 
@@ -41,6 +44,7 @@ impl Answers {
             .map(|length| CallAnswers {
                 items: vec![None; length],
                 topics: BTreeSet::new(),
+                handed: Vec::new(),
                 failure: None,
             })
             .collect();
@@ -51,8 +55,13 @@ impl Answers {
         self.calls[place.call].items[place.item] = Some(result);
     }
 
-    pub(super) fn topic(&mut self, place: Place, topic: &str) {
-        self.calls[place.call].topics.insert(topic.to_owned());
+    /// A message was confirmed by this call.
+    pub(super) fn confirmed(&mut self, place: Place, confirmed: Confirmed) {
+        let call = &mut self.calls[place.call];
+        if confirmed.is_due {
+            call.topics.insert(confirmed.topic);
+        }
+        call.handed.extend(confirmed.handed);
     }
 
     /// A row that cannot be understood fails the call that asked about it.
@@ -74,8 +83,12 @@ impl Answers {
             }
             let items: Option<Vec<ItemResult>> = call.items.into_iter().collect();
             let items = items.ok_or_else(|| moved_on(doing))?;
-            let topics = call.topics;
-            Ok(Written { items, topics })
+            let (topics, handed) = (call.topics, call.handed);
+            Ok(Written {
+                items,
+                topics,
+                handed,
+            })
         };
         self.calls.into_iter().map(finish).collect()
     }

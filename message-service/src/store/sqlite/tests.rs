@@ -220,7 +220,11 @@ async fn at_the_start_all_leases_are_void_and_nothing_was_counted() {
         .apply_topology(small_topology())
         .await
         .unwrap();
-    harness.store.publish(vec![paid(1), paid(2)]).await.unwrap();
+    harness
+        .store
+        .publish(vec![paid(1), paid(2)], Handoff::none())
+        .await
+        .unwrap();
     let lease = Duration::from_secs(30);
     let claims = harness
         .store
@@ -306,14 +310,18 @@ async fn while_a_person_holds_the_lock_calls_are_unavailable_and_afterwards_go_o
         .unwrap();
     let calls = (1..=20).map(|n| {
         let store = harness.store.clone();
-        tokio::spawn(async move { store.publish(vec![paid(n)]).await })
+        tokio::spawn(async move { store.publish(vec![paid(n)], Handoff::none()).await })
     });
     for call in calls.collect::<Vec<_>>() {
         let error = call.await.unwrap().unwrap_err();
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     }
     sqlx::query("ROLLBACK").execute(&mut person).await.unwrap();
-    let written = harness.store.publish(vec![paid(1)]).await.unwrap();
+    let written = harness
+        .store
+        .publish(vec![paid(1)], Handoff::none())
+        .await
+        .unwrap();
     assert!(written.items[0].is_ok());
 }
 
@@ -325,12 +333,16 @@ async fn a_job_that_fails_takes_no_other_with_it() {
         .apply_topology(small_topology())
         .await
         .unwrap();
-    harness.store.publish(vec![paid(1)]).await.unwrap();
+    harness
+        .store
+        .publish(vec![paid(1)], Handoff::none())
+        .await
+        .unwrap();
     // A state from the future makes every call about this one message fail.
     harness.write_unknown_state("message", paid(1).id).await;
     let calls = (1..=40).map(|n| {
         let store = harness.store.clone();
-        tokio::spawn(async move { (n, store.publish(vec![paid(n)]).await) })
+        tokio::spawn(async move { (n, store.publish(vec![paid(n)], Handoff::none()).await) })
     });
     for call in calls.collect::<Vec<_>>() {
         match call.await.unwrap() {
@@ -353,7 +365,8 @@ async fn calls_that_wait_together_are_committed_together() {
         let mut calls = tokio::task::JoinSet::new();
         for n in 1..=60 {
             let store = harness.store.clone();
-            calls.spawn(async move { store.publish(vec![paid(n)]).await.unwrap() });
+            calls
+                .spawn(async move { store.publish(vec![paid(n)], Handoff::none()).await.unwrap() });
             if !together {
                 calls.join_next().await;
             }

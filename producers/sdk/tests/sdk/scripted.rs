@@ -46,7 +46,7 @@ pub(crate) struct State {
     pub(crate) messages: HashMap<Uuid, Kept>,
     /// Every call: its verb and how many items it carried.
     pub(crate) calls: Vec<(&'static str, usize)>,
-    faults: HashMap<&'static str, VecDeque<Fault>>,
+    pub(crate) faults: HashMap<&'static str, VecDeque<Fault>>,
     /// Ids in the order in which they were first prepared.
     pub(crate) prepared: Vec<Uuid>,
 }

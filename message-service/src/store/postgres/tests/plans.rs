@@ -28,6 +28,7 @@ async fn hot_statements_walk_along_an_index() {
     let normal = deliveries::claim_sql(deliveries::Which::Normal);
     let fresh = deliveries::claim_sql(deliveries::Which::Fresh);
     let alone = deliveries::claim_sql(deliveries::Which::Alone);
+    let decide = decisions::decide_sql();
     let checks_claim = checks::claim_sql();
     let typed = |types: &str, sql: &str| format!("{types} AS {sql}");
     let claim_types = "(text, bigint, interval, bigint, timestamptz, uuid)";
@@ -53,9 +54,9 @@ async fn hot_statements_walk_along_an_index() {
             &["message_to_check", "message_pkey"],
         ),
         (
-            "(uuid[], text[], text[])",
-            decisions::DECIDE,
-            "'{}', '{}', '{}'",
+            "(uuid[], text[], text[], text[], bigint[], interval, uuid)",
+            &decide,
+            "'{}', '{}', '{}', '{}', '{}', '30 s', gen_random_uuid()",
             &["message_pkey"],
         ),
         (

@@ -31,7 +31,7 @@ async fn prepare_and_publish(store: Arc<PostgresStore>, seed: u64) {
     for (round, list) in shuffled(seed).into_iter().enumerate() {
         let messages = list.into_iter().map(keyed).collect();
         if round % 3 == 0 {
-            store.publish(messages).await.unwrap();
+            store.publish(messages, Handoff::none()).await.unwrap();
         } else {
             store.prepare(messages, Duration::ZERO).await.unwrap();
         }
@@ -51,7 +51,10 @@ async fn decide(store: Arc<PostgresStore>, seed: u64) {
                 },
             })
             .collect();
-        store.decide("payment", decisions).await.unwrap();
+        store
+            .decide("payment", decisions, Handoff::none())
+            .await
+            .unwrap();
     }
 }
 
@@ -181,7 +184,11 @@ async fn two_claims_of_two_processes_share_nothing() {
     let other = harness.another().await;
     for numbers in shuffled(1).into_iter().take(8) {
         let messages = numbers.into_iter().map(paid).collect();
-        harness.store.publish(messages).await.unwrap();
+        harness
+            .store
+            .publish(messages, Handoff::none())
+            .await
+            .unwrap();
     }
     let mut all = JoinSet::new();
     for store in [&harness.store, &other] {
@@ -218,9 +225,13 @@ async fn cancelled_calls_leave_no_session_inside_a_transaction() {
         let patience = Duration::from_micros(rng.random_range(0..3_000));
         let call = async {
             match n % 8 {
-                0 => drop(store.publish(vec![paid(n)]).await),
+                0 => drop(store.publish(vec![paid(n)], Handoff::none()).await),
                 1 => drop(store.prepare(vec![paid(n)], CHECK_AFTER).await),
-                2 => drop(store.decide("payment", vec![confirm(n - 1)]).await),
+                2 => drop(
+                    store
+                        .decide("payment", vec![confirm(n - 1)], Handoff::none())
+                        .await,
+                ),
                 3 => drop(store.acknowledge("accounting", vec![consumed(n - 3)]).await),
                 4 => drop(store.show(id(n - 4), true).await),
                 5 => drop(store.counts().await),
@@ -239,9 +250,15 @@ async fn cancelled_calls_leave_no_session_inside_a_transaction() {
         drop(tokio::time::timeout(patience, call).await);
     }
     // Each lane and each reader does one thing more, so what was cancelled is over.
-    store.publish(vec![paid(5_000)]).await.unwrap();
+    store
+        .publish(vec![paid(5_000)], Handoff::none())
+        .await
+        .unwrap();
     store.prepare(vec![paid(5_001)], CHECK_AFTER).await.unwrap();
-    store.decide("payment", vec![confirm(5_001)]).await.unwrap();
+    store
+        .decide("payment", vec![confirm(5_001)], Handoff::none())
+        .await
+        .unwrap();
     let outcomes = store.acknowledge("points", vec![consumed(5_001)]).await;
     assert_eq!(outcomes.unwrap(), [AnswerOutcome::Recorded]);
     store

@@ -34,7 +34,7 @@ impl OnPostgres {
 /// Publishes until it works; panics after [`READY_WITHIN`].
 async fn ready_again(store: &PostgresStore, n: u128) {
     let began = Instant::now();
-    while let Err(error) = store.publish(vec![paid(n)]).await {
+    while let Err(error) = store.publish(vec![paid(n)], Handoff::none()).await {
         assert!(
             matches!(error, Error::Unavailable { .. }) && began.elapsed() < READY_WITHIN,
             "{error}"
@@ -49,7 +49,7 @@ async fn when_all_sessions_end_under_load_calls_are_done_or_unavailable() {
     let mut calls = tokio::task::JoinSet::new();
     for n in 1..=400_u128 {
         let store = harness.store.clone();
-        calls.spawn(async move { (n, store.publish(vec![paid(n)]).await) });
+        calls.spawn(async move { (n, store.publish(vec![paid(n)], Handoff::none()).await) });
         if n % 100 == 0 {
             harness.end_sessions().await;
         }
@@ -73,23 +73,35 @@ async fn when_all_sessions_end_under_load_calls_are_done_or_unavailable() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sessions_that_ended_while_nothing_happened_are_not_noticed() {
     let harness = ready().await;
-    harness.store.publish(vec![paid(1)]).await.unwrap();
+    harness
+        .store
+        .publish(vec![paid(1)], Handoff::none())
+        .await
+        .unwrap();
     harness.end_sessions().await;
     // A connection is doubted after a second without use.
     tokio::time::sleep(Duration::from_millis(1_100)).await;
-    harness.store.publish(vec![paid(2)]).await.unwrap();
+    harness
+        .store
+        .publish(vec![paid(2)], Handoff::none())
+        .await
+        .unwrap();
     assert!(harness.store.show(id(2), false).await.unwrap().is_some());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_read_only_database_is_unavailable_and_read_until_it_is_written_again() {
     let harness = ready().await;
-    harness.store.publish(vec![paid(1)]).await.unwrap();
+    harness
+        .store
+        .publish(vec![paid(1)], Handoff::none())
+        .await
+        .unwrap();
     harness.set_read_only(true).await;
     harness.end_sessions().await;
     let began = Instant::now();
     loop {
-        let refused = harness.store.publish(vec![paid(2)]).await;
+        let refused = harness.store.publish(vec![paid(2)], Handoff::none()).await;
         let error = refused.expect_err("nothing is written");
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
         if error.to_string().contains("read-only") {
@@ -123,14 +135,24 @@ async fn a_row_that_somebody_holds_stops_nobody_else() {
     let mut calls = tokio::task::JoinSet::new();
     for n in 1..=20 {
         let store = harness.store.clone();
-        calls.spawn(async move { (n, store.decide("payment", vec![confirm(n)]).await) });
+        calls.spawn(async move {
+            (
+                n,
+                store
+                    .decide("payment", vec![confirm(n)], Handoff::none())
+                    .await,
+            )
+        });
     }
     while let Some(call) = calls.join_next().await {
         let (n, result) = call.unwrap();
         assert_eq!(is_unavailable(&result), n == 7, "{n}: {result:?}");
     }
     run(&mut person, "ROLLBACK").await;
-    let written = harness.store.decide("payment", vec![confirm(7)]).await;
+    let written = harness
+        .store
+        .decide("payment", vec![confirm(7)], Handoff::none())
+        .await;
     assert!(written.unwrap().items[0].is_ok());
 }
 
@@ -173,7 +195,7 @@ async fn what_cannot_be_written_takes_no_other_call_with_it() {
             key: (n == 13).then(|| "a\0b".to_owned()),
             ..paid(n)
         };
-        calls.spawn(async move { (n, store.publish(vec![message]).await) });
+        calls.spawn(async move { (n, store.publish(vec![message], Handoff::none()).await) });
     }
     while let Some(call) = calls.join_next().await {
         match call.unwrap() {
@@ -213,7 +235,8 @@ async fn a_default_of_repeatable_read_does_not_matter() {
     for n in 1..=200_u128 {
         for store in &stores {
             let store = store.clone();
-            calls.spawn(async move { store.publish(vec![paid(n % 20 + 1)]).await });
+            calls
+                .spawn(async move { store.publish(vec![paid(n % 20 + 1)], Handoff::none()).await });
         }
     }
     while let Some(call) = calls.join_next().await {

@@ -83,13 +83,13 @@ async fn a_bucket_that_was_closed_or_dropped_meanwhile_takes_nothing_more() {
     let harness = timed().await;
     let store = &harness.store;
     store.prepare(vec![paid(1)], CHECK_AFTER).await.unwrap();
-    store.publish(vec![paid(2)]).await.unwrap();
+    store.publish(vec![paid(2)], Handoff::none()).await.unwrap();
     harness
         .run("UPDATE body_bucket SET closed = true WHERE number = 1")
         .await;
     // The lanes still know the closed one.
     store.prepare(vec![paid(3)], CHECK_AFTER).await.unwrap();
-    store.publish(vec![paid(4)]).await.unwrap();
+    store.publish(vec![paid(4)], Handoff::none()).await.unwrap();
     assert_eq!(
         (harness.bucket_of(3).await, harness.bucket_of(4).await),
         (2, 2)
@@ -98,7 +98,7 @@ async fn a_bucket_that_was_closed_or_dropped_meanwhile_takes_nothing_more() {
         .run("DELETE FROM body_bucket WHERE number = 2; DROP TABLE body_2")
         .await;
     store.prepare(vec![paid(5)], CHECK_AFTER).await.unwrap();
-    store.publish(vec![paid(6)]).await.unwrap();
+    store.publish(vec![paid(6)], Handoff::none()).await.unwrap();
     assert_eq!(
         (harness.bucket_of(5).await, harness.bucket_of(6).await),
         (3, 3)
@@ -159,7 +159,11 @@ async fn two_processes_open_and_empty_buckets_at_the_same_time() {
     let harness = timed().await;
     let other = harness.another().await;
     let messages = (1..=300).map(paid).collect();
-    harness.store.publish(messages).await.unwrap();
+    harness
+        .store
+        .publish(messages, Handoff::none())
+        .await
+        .unwrap();
     for n in (1..=300).step_by(3) {
         for subscription in ["accounting", "points"] {
             let answers = vec![consumed(n)];
@@ -207,7 +211,10 @@ async fn a_process_that_finds_a_bucket_half_emptied_goes_on_at_once() {
         event: MessageEvent::Cancel,
     };
     let cancels = (1..=450).map(cancel).collect();
-    store.decide("payment", cancels).await.unwrap();
+    store
+        .decide("payment", cancels, Handoff::none())
+        .await
+        .unwrap();
     for _ in 0..4 {
         harness.pass(DAY).await;
         store.open_buckets(DAY).await.unwrap();
@@ -233,7 +240,7 @@ async fn a_process_that_finds_a_bucket_half_emptied_goes_on_at_once() {
 async fn a_removed_subscription_is_not_settled_over_a_delivery_that_is_locked() {
     let harness = timed().await;
     let store = &harness.store;
-    store.publish(vec![paid(1)]).await.unwrap();
+    store.publish(vec![paid(1)], Handoff::none()).await.unwrap();
     store
         .apply_topology(topology(2, &["points"]))
         .await
@@ -264,7 +271,7 @@ async fn a_removed_subscription_is_not_settled_over_a_delivery_that_is_locked() 
 async fn what_a_late_confirm_adds_to_a_removed_subscription_is_skipped_too() {
     let harness = timed().await;
     let store = &harness.store;
-    store.publish(vec![paid(1)]).await.unwrap();
+    store.publish(vec![paid(1)], Handoff::none()).await.unwrap();
     store
         .apply_topology(topology(2, &["points"]))
         .await
@@ -296,7 +303,7 @@ async fn what_a_late_confirm_adds_to_a_removed_subscription_is_skipped_too() {
 async fn a_subscription_that_moves_to_another_topic_leaves_its_deliveries_behind() {
     let harness = timed().await;
     let store = &harness.store;
-    store.publish(vec![paid(1)]).await.unwrap();
+    store.publish(vec![paid(1)], Handoff::none()).await.unwrap();
     let mut moved = topology(2, &["accounting", "points"]);
     moved.topics.insert("refunded".into(), Topic::default());
     if let Some(points) = moved.subscriptions.get_mut("points") {
@@ -307,7 +314,10 @@ async fn a_subscription_that_moves_to_another_topic_leaves_its_deliveries_behind
         topic: "refunded".into(),
         ..paid(2)
     };
-    store.publish(vec![refunded]).await.unwrap();
+    store
+        .publish(vec![refunded], Handoff::none())
+        .await
+        .unwrap();
     let claimed = store
         .claim_deliveries("points", normal(9), LEASE)
         .await
@@ -322,7 +332,7 @@ async fn a_subscription_that_moves_to_another_topic_leaves_its_deliveries_behind
 async fn leases_that_a_clock_left_in_the_future_count_as_expired() {
     let harness = timed().await;
     let store = &harness.store;
-    store.publish(vec![paid(1)]).await.unwrap();
+    store.publish(vec![paid(1)], Handoff::none()).await.unwrap();
     store.prepare(vec![paid(2)], Duration::ZERO).await.unwrap();
     harness.pass(DAY).await;
     let claim = || store.claim_deliveries("points", normal(9), LEASE);
@@ -337,7 +347,7 @@ async fn leases_that_a_clock_left_in_the_future_count_as_expired() {
     assert_eq!(check().await.unwrap().len(), 1);
     assert!(claim().await.unwrap().deliveries.is_empty(), "once");
     // What is published now is due by the clock as it is now.
-    store.publish(vec![paid(3)]).await.unwrap();
+    store.publish(vec![paid(3)], Handoff::none()).await.unwrap();
     assert_eq!(claim().await.unwrap().deliveries.len(), 1);
 }
 
@@ -346,7 +356,11 @@ async fn the_time_is_the_databases() {
     let harness = timed().await;
     harness.pass(DAY).await;
     let before = harness.store.now();
-    harness.store.publish(vec![paid(1)]).await.unwrap();
+    harness
+        .store
+        .publish(vec![paid(1)], Handoff::none())
+        .await
+        .unwrap();
     let shown = harness.store.show(id(1), false).await.unwrap().unwrap();
     let off = shown
         .message
