@@ -17,7 +17,7 @@ pub struct Options {
     #[arg(long, env = "PAYMENT_STATUS_LISTEN", default_value = "127.0.0.1:7411")]
     pub status_listen: SocketAddr,
 
-    /// Where Handfast is. It may start later.
+    /// Where Handfast is; several addresses with commas. It may start later.
     #[arg(long, env = "PAYMENT_SERVICE", default_value = "http://127.0.0.1:7400")]
     pub service: String,
 

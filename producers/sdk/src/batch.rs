@@ -2,17 +2,18 @@
 //! of that verb collect, and the next call carries them all.
 //!
 //! No timer takes part: a lone item goes out at once. Each caller gets its own item's result.
+//! Every address has a call of its own in flight, so one that does not answer holds up nothing
+//! but what it was sent. There are never more calls than that, however much is repeated.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use handfast_proto::MAX_ITEMS;
-use handfast_proto::v1::messages_client::MessagesClient;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+use crate::endpoints::Endpoints;
 use crate::error::Refusal;
 use crate::verbs::{Answered, ItemOutcome, Verb};
 
@@ -39,10 +40,22 @@ struct Waiting<V: Verb> {
 }
 
 impl<V: Verb> Lane<V> {
-    /// Starts the task that sends; it ends when the lane is dropped.
-    pub(crate) fn start(client: MessagesClient<Channel>, producer: String) -> Self {
+    /// Starts the tasks that send; they end when the lane is dropped.
+    pub(crate) fn start(endpoints: &Arc<Endpoints>, producer: &str) -> Self {
         let (queue, waiting) = mpsc::channel(MAX_QUEUED_ITEMS);
-        tokio::spawn(send_all::<V>(client, producer, waiting));
+        let queued = Arc::new(Mutex::new(Queued {
+            waiting,
+            left_over: None,
+        }));
+        for number in 0..endpoints.all.len() {
+            let sender = Sender {
+                endpoints: Arc::clone(endpoints),
+                number,
+                producer: producer.to_owned(),
+                queued: Arc::clone(&queued),
+            };
+            tokio::spawn(sender.run());
+        }
         Self {
             queue,
             bytes: Arc::new(Semaphore::new(MAX_QUEUED_BYTES as usize)),
@@ -76,83 +89,104 @@ fn stopped() -> Box<Refusal> {
     )))
 }
 
-async fn send_all<V: Verb>(
-    client: MessagesClient<Channel>,
-    producer: String,
-    mut queue: mpsc::Receiver<Waiting<V>>,
-) {
-    let mut left_over = None;
-    loop {
-        let first = match left_over.take() {
-            Some(waiting) => waiting,
-            None => match queue.recv().await {
-                Some(waiting) => waiting,
-                None => return,
-            },
-        };
+/// What waits for a call.
+struct Queued<V: Verb> {
+    waiting: mpsc::Receiver<Waiting<V>>,
+    /// What did not fit into the last one.
+    left_over: Option<Waiting<V>>,
+}
+
+impl<V: Verb> Queued<V> {
+    /// Waits for the first item, and takes what else is there. `None` if nothing will come.
+    /// Nothing is lost if the future is dropped while it waits for the first.
+    async fn batch(&mut self) -> Option<Vec<Waiting<V>>> {
+        if self.left_over.is_none() {
+            self.left_over = Some(self.waiting.recv().await?);
+        }
         // Callers that the last reply woke come along, if they have something to send.
         tokio::task::yield_now().await;
         let mut batch = Vec::new();
         let mut bytes = 0;
-        let mut next = Some(first);
+        let mut next = self.left_over.take();
         while let Some(waiting) = next.take() {
             // Who gave up does not need the call any more.
             if !waiting.reply.is_closed() {
                 let size = V::bytes(&waiting.item);
                 if !batch.is_empty() && bytes + size > MAX_BATCH_BYTES {
-                    left_over = Some(waiting);
+                    self.left_over = Some(waiting);
                     break;
                 }
                 bytes += size;
                 batch.push(waiting);
             }
             if batch.len() < MAX_ITEMS {
-                next = queue.try_recv().ok();
+                next = self.waiting.try_recv().ok();
             }
         }
-        if !batch.is_empty() {
-            send_batch(&client, &producer, batch).await;
-        }
+        Some(batch)
     }
 }
 
-async fn send_batch<V: Verb>(
-    client: &MessagesClient<Channel>,
-    producer: &str,
-    batch: Vec<Waiting<V>>,
-) {
-    let refusal = match call::<V>(client, producer, &batch).await {
-        Ok(results) => return hand_out(batch, results),
-        Err(refusal) => refusal,
-    };
-    // One malformed item must not refuse its neighbours: each goes on its own.
-    if batch.len() > 1 && matches!(refusal.code, Code::InvalidArgument | Code::OutOfRange) {
-        for waiting in batch {
-            let alone = vec![waiting];
-            match call::<V>(client, producer, &alone).await {
-                Ok(results) => hand_out(alone, results),
-                Err(refusal) => refuse(alone, &refusal),
-            }
-        }
-        return;
-    }
-    refuse(batch, &refusal);
+/// The task that sends to one address.
+struct Sender<V: Verb> {
+    endpoints: Arc<Endpoints>,
+    number: usize,
+    producer: String,
+    queued: Arc<Mutex<Queued<V>>>,
 }
 
-async fn call<V: Verb>(
-    client: &MessagesClient<Channel>,
-    producer: &str,
-    batch: &[Waiting<V>],
-) -> Result<Answered<V::Reply>, Refusal> {
-    let items = batch.iter().map(|waiting| waiting.item.clone()).collect();
-    let call = V::call(client.clone(), producer.to_owned(), items);
-    match timeout(CALL_TIMEOUT, call).await {
-        Ok(Ok(results)) => Ok(results),
-        Ok(Err(status)) => Err(Refusal::from_call(&status)),
-        Err(_) => Err(Refusal::from_call(&Status::deadline_exceeded(format!(
-            "no answer in {} ms",
-            CALL_TIMEOUT.as_millis()
-        )))),
+impl<V: Verb> Sender<V> {
+    async fn run(self) {
+        loop {
+            self.endpoints.until(self.number, true).await;
+            // Waiting for the lock is waiting for a turn: it is given in order.
+            let batch = async { self.queued.lock().await.batch().await };
+            let batch = tokio::select! {
+                biased;
+                () = self.endpoints.until(self.number, false) => continue,
+                batch = batch => batch,
+            };
+            let Some(batch) = batch else {
+                return;
+            };
+            if !batch.is_empty() {
+                self.send(batch).await;
+            }
+        }
+    }
+
+    async fn send(&self, batch: Vec<Waiting<V>>) {
+        let refusal = match self.call(&batch).await {
+            Ok(results) => return hand_out(batch, results),
+            Err(refusal) => refusal,
+        };
+        // One malformed item must not refuse its neighbours: each goes on its own.
+        if batch.len() > 1 && matches!(refusal.code, Code::InvalidArgument | Code::OutOfRange) {
+            for waiting in batch {
+                let alone = vec![waiting];
+                match self.call(&alone).await {
+                    Ok(results) => hand_out(alone, results),
+                    Err(refusal) => refuse(alone, &refusal),
+                }
+            }
+            return;
+        }
+        refuse(batch, &refusal);
+    }
+
+    async fn call(&self, batch: &[Waiting<V>]) -> Result<Answered<V::Reply>, Refusal> {
+        let items = batch.iter().map(|waiting| waiting.item.clone()).collect();
+        let client = self.endpoints.all[self.number].clone();
+        let call = V::call(client, self.producer.clone(), items);
+        let failure = match timeout(CALL_TIMEOUT, call).await {
+            Ok(Ok(results)) => return Ok(results),
+            Ok(Err(status)) => status,
+            Err(_) => {
+                Status::deadline_exceeded(format!("no answer in {} ms", CALL_TIMEOUT.as_millis()))
+            }
+        };
+        self.endpoints.note(self.number, &failure);
+        Err(Refusal::from_call(&failure))
     }
 }
 

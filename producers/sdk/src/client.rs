@@ -4,15 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use handfast_proto::v1::messages_client::MessagesClient;
 use handfast_proto::v1::{MessageStatus, NewMessage};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::task::TaskTracker;
 use tonic::Status;
-use tonic::transport::Endpoint;
 use uuid::Uuid;
 
 use crate::batch::Lane;
+use crate::endpoints::Endpoints;
 use crate::error::{CallError, ConnectError, Refusal};
 use crate::fence::{FenceIdentity, KnownFences};
 use crate::message::Message;
@@ -21,9 +20,6 @@ use crate::verbs::{Cancel, Confirm, Get, Prepare, Publish, Verb};
 
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
 const DEFAULT_CONFIRM_BUDGET: Duration = Duration::from_secs(5);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_NAME_BYTES: usize = 100;
 
 /// One registered producer. Cheap to clone; clones share the connection.
@@ -47,36 +43,34 @@ pub(crate) struct Shared {
 }
 
 impl Producer {
-    /// A producer with this registered name at `url`, such as `http://127.0.0.1:7400`.
+    /// A producer with this registered name at `urls`: `http://127.0.0.1:7400`, or several that
+    /// are separated by commas, at most 16.
     ///
-    /// The connection is made when it is first needed and whenever it was lost, so Handfast
+    /// Several are used in turn. One at which a call failed is left alone until it says that it
+    /// is serving. Every verb is safe to repeat, so what failed there is repeated elsewhere, at a
+    /// pace that slows down and is spread by chance, until the deadline.
+    ///
+    /// Connections are made when they are first needed and whenever they were lost, so Handfast
     /// may start later. Must be called on a tokio runtime that lives as long as the producer.
     #[expect(
         clippy::unused_async,
         reason = "it needs a runtime, and may come to need the network"
     )]
     pub async fn connect(
-        url: impl Into<String>,
+        urls: impl Into<String>,
         name: impl Into<String>,
     ) -> Result<Self, ConnectError> {
-        let (url, name) = (url.into(), name.into());
+        let (urls, name) = (urls.into(), name.into());
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             return Err(ConnectError::Name { name });
         }
-        let endpoint = Endpoint::from_shared(url.clone())
-            .map_err(|source| ConnectError::Url { url, source })?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true);
-        let client = MessagesClient::new(endpoint.connect_lazy());
+        let endpoints = Endpoints::read(&urls)?;
         let shared = Shared {
-            prepare: Lane::start(client.clone(), name.clone()),
-            publish: Lane::start(client.clone(), name.clone()),
-            confirm: Lane::start(client.clone(), name.clone()),
-            cancel: Lane::start(client.clone(), name.clone()),
-            get: Lane::start(client, name.clone()),
+            prepare: Lane::start(&endpoints, &name),
+            publish: Lane::start(&endpoints, &name),
+            confirm: Lane::start(&endpoints, &name),
+            cancel: Lane::start(&endpoints, &name),
+            get: Lane::start(&endpoints, &name),
             tasks: TaskTracker::new(),
             fences: KnownFences::default(),
             name,

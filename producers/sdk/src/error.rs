@@ -21,6 +21,12 @@ pub enum ConnectError {
         /// What is wrong with it.
         source: tonic::transport::Error,
     },
+    /// More addresses than anybody needs.
+    #[error("cannot connect to Handfast at {given} addresses: there may be at most 16")]
+    TooMany {
+        /// How many were given.
+        given: usize,
+    },
     /// The name is empty or longer than 100 bytes.
     #[error("cannot connect to Handfast as `{name}`: a producer's name has 1 to 100 bytes")]
     Name {

@@ -105,6 +105,7 @@
 mod batch;
 mod bounded;
 pub mod client;
+mod endpoints;
 pub mod error;
 pub mod fence;
 #[doc(hidden)]

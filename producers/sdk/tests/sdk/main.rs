@@ -5,6 +5,7 @@
 mod asking;
 mod postgres;
 mod scripted;
+mod several;
 mod sqlite;
 mod status;
 mod transact;
