@@ -106,6 +106,10 @@ points! {
     RECOVER_BEFORE_COMMIT = "service.recover.before-commit";
     /// The recovery pass's decisions are durable.
     RECOVER_AFTER_COMMIT = "service.recover.after-commit";
+    /// What a replica says of itself is written but not committed.
+    ANNOUNCE_BEFORE_COMMIT = "service.announce.before-commit";
+    /// The others can read what a replica says of itself.
+    ANNOUNCE_AFTER_COMMIT = "service.announce.after-commit";
     /// A slice of finished messages is removed but not committed.
     RETIRE_BEFORE_COMMIT = "service.retire.before-commit";
     /// A slice of finished messages is gone.

@@ -2,8 +2,8 @@
 //!
 //! Overdue is not lost. A delivery counts as lost only when its subscription has passed it
 //! by, that is, when something sent to the same queue well after it was answered. The answer
-//! carries the time of its send back, so the mark costs no read. It lives in memory: a
-//! restart only makes the service more patient.
+//! carries the time of its send back, so the mark costs no read. It lives in memory, and the
+//! processes on one store tell each other once a second: not to know makes one only more patient.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -83,6 +83,23 @@ impl Answered {
             .get(subscription)
             .and_then(|mark| mark.waiting.first().copied())
             .is_none_or(|oldest| oldest >= moment.0)
+    }
+
+    /// Every subscription of which answers came: how many arrivals, and the latest send whose
+    /// answer is durable.
+    pub fn all(&self) -> Vec<(String, u64, Option<Timestamp>)> {
+        let marks = self.lock();
+        let marks = marks.iter();
+        marks
+            .map(|(name, mark)| (name.clone(), mark.arrivals, mark.through))
+            .collect()
+    }
+
+    /// Another process took an answer to a send at this time, and wrote it.
+    pub fn heard(&self, subscription: &str, through: Timestamp, now: Timestamp) {
+        let mut marks = self.lock();
+        let mark = marks.entry(subscription.to_owned()).or_default();
+        mark.through = mark.through.max(Some(through.min(now)));
     }
 
     /// True while answers of this subscription wait to be written.

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use async_trait::async_trait;
 
 use crate::message::{Answer, MessageId};
-use crate::store::{Handed, Overdue};
+use crate::store::{Handed, Heard, Overdue};
 pub use handoff::Permit;
 
 /// What the service and the recovery pass need of a broker.
@@ -30,6 +30,12 @@ pub trait Broker: Send + Sync + 'static {
 
     /// Answers for these messages are durable, so the broker need not hold them any longer.
     fn answered(&self, subscription: &str, ids: &[MessageId]);
+
+    /// What all processes on the store have heard, about once a second.
+    fn heard(&self, heard: &Heard);
+
+    /// How many deliveries this process sends or has not marked SENT yet.
+    fn holds(&self) -> u64;
 
     /// For each overdue delivery: true if its queue is known not to hold it, seen after its
     /// time ran out. False if that is not known.

@@ -12,6 +12,7 @@ mod lane;
 mod plan;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -160,6 +161,13 @@ impl Checker {
             report.unreachable += usize::from(page.retry_after.is_some());
         }
         Ok(report)
+    }
+
+    /// How many messages are being asked about.
+    pub fn holds(&self) -> u64 {
+        let lanes = self.lock();
+        let asking = |lane: &Arc<Lane>| lane.asking.load(Ordering::Relaxed) as u64;
+        lanes.values().map(asking).sum()
     }
 
     /// Looks for due checks of this producer now rather than with the next poll. A producer

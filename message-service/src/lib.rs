@@ -13,6 +13,7 @@ pub mod clock;
 pub mod config;
 pub mod message;
 pub mod pass;
+pub mod presence;
 pub mod producer;
 pub mod recovery;
 pub mod refresh;

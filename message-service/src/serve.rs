@@ -13,6 +13,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use handfast_proto::v1::{console_server, deliveries_server, messages_server};
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +26,7 @@ use crate::api;
 use crate::broker::rabbitmq;
 use crate::clock::SystemClock;
 use crate::config::{Config, Server};
+use crate::presence::Identity;
 use crate::store::{self, Applied, Store};
 use crate::topology::{Snapshot, Topology};
 use engines::Opened;
@@ -132,7 +135,7 @@ impl Running {
             }
         };
         let snapshot = Arc::new(Snapshot::new(applied.in_force));
-        let parts = Parts::assemble(&server, opened, snapshot, clock, seed);
+        let parts = Parts::assemble(&server, opened, snapshot, clock, identity(address, seed));
         if let Err(refused) = parts.carrier.connect(&applied.removed).await {
             parts.store.close().await;
             return Err(refused.into());
@@ -178,6 +181,17 @@ impl Running {
     /// The address that is served, with the real port.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+}
+
+/// Who this process is for the others on its store.
+fn identity(address: SocketAddr, seed: u64) -> Identity {
+    let mut chance = StdRng::seed_from_u64(seed);
+    Identity {
+        id: uuid::Builder::from_random_bytes(chance.random()).into_uuid(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        address: address.to_string(),
+        seed,
     }
 }
 

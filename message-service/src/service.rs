@@ -41,7 +41,7 @@ pub use crate::message::{
 };
 pub use crate::store::{
     AnswerOutcome, DecidedBy, DeliveryCursor, DeliveryView, MessageFilter, MessageView, Refusal,
-    SubscriptionCounts,
+    ReplicaView, SubscriptionCounts,
 };
 pub use console::{Body, CountsView, Page, ShownMessage};
 pub use error::Error;

@@ -520,6 +520,57 @@ pub struct Shown {
     pub body: Option<Body>,
 }
 
+/// What a process says of itself, about once a second.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Presence {
+    /// Which process; another one after every start.
+    pub id: Uuid,
+    /// Of the program.
+    pub version: String,
+    /// Where it serves.
+    pub address: String,
+    /// Deliveries that it sends or has not marked SENT yet.
+    pub deliveries: u64,
+    /// Messages that it asks about.
+    pub checks: u64,
+    /// The subscriptions of which it took answers since it last said so, each with the latest
+    /// send that was answered, if answers say that.
+    pub answered: Vec<(String, Option<Timestamp>)>,
+}
+
+/// What a process learns about all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Heard {
+    /// Processes that said within [`ALIVE_FOR`] that they are there.
+    pub alive: u32,
+    /// By subscription: the latest send that was answered, and how long ago answers last came.
+    pub answered: Vec<(String, Option<Timestamp>, Duration)>,
+}
+
+/// Who has said nothing for so long may be gone.
+pub const ALIVE_FOR: Duration = Duration::from_secs(5);
+/// Who has said nothing for so long is forgotten.
+pub const REMEMBERED_FOR: Duration = Duration::from_secs(3_600);
+
+/// A process on this store, as people see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaView {
+    /// Which process.
+    pub id: Uuid,
+    /// Of the program.
+    pub version: String,
+    /// Where it serves.
+    pub address: String,
+    /// When it said something first.
+    pub started_at: Timestamp,
+    /// When it said something last.
+    pub seen_at: Timestamp,
+    /// Deliveries that it held then.
+    pub deliveries: u64,
+    /// Messages that it asked about then.
+    pub checks: u64,
+}
+
 /// How many of what.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -723,6 +774,17 @@ pub trait Store: Send + Sync + 'static {
     /// that its slowest subscription has open, with the bodies of a sample. What is finished does
     /// not count, however long it is kept.
     async fn backlog_bytes(&self) -> Result<u64, Error>;
+
+    /// Says that a process is there and what it has heard, and returns what all have heard. Who
+    /// has said nothing for [`REMEMBERED_FOR`] is forgotten. Nothing depends on it but what
+    /// people see, and how soon a loss is noticed.
+    async fn announce(&self, presence: Presence) -> Result<Heard, Error>;
+
+    /// Says that a process ends.
+    async fn leave(&self, id: Uuid) -> Result<(), Error>;
+
+    /// The processes on this store, the longest serving first.
+    async fn replicas(&self) -> Result<Vec<ReplicaView>, Error>;
 
     /// How many of what.
     async fn counts(&self) -> Result<Counts, Error>;

@@ -178,6 +178,12 @@ impl Broker for Signals {
 
     fn answered(&self, _: &str, _: &[MessageId]) {}
 
+    fn heard(&self, _: &Heard) {}
+
+    fn holds(&self) -> u64 {
+        0
+    }
+
     async fn is_gone(&self, _: &str, overdue: &[Overdue]) -> Vec<bool> {
         let gone = self.gone.lock().unwrap();
         overdue.iter().map(|row| gone.contains(&row.id)).collect()
@@ -300,6 +306,9 @@ passed_on! {
     fn open_buckets(span: Duration) -> ();
     fn retire(cutoff: Timestamp) -> Retired;
     fn backlog_bytes() -> u64;
+    fn announce(presence: Presence) -> Heard;
+    fn leave(id: Uuid) -> ();
+    fn replicas() -> Vec<ReplicaView>;
     fn counts() -> Counts;
     fn show(id: MessageId, with_body: bool) -> Option<Shown>;
     fn list_messages(

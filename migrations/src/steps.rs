@@ -20,11 +20,14 @@ impl Owner {
             (Self::MessageService, Database::Sqlite) => {
                 &[step!(1, "core", "../message-service/sqlite/0001_core.sql")]
             }
-            (Self::MessageService, Database::Postgres) => &[step!(
-                1,
-                "core",
-                "../message-service/postgres/0001_core.sql"
-            )],
+            (Self::MessageService, Database::Postgres) => &[
+                step!(1, "core", "../message-service/postgres/0001_core.sql"),
+                step!(
+                    2,
+                    "replicas",
+                    "../message-service/postgres/0002_replicas.sql"
+                ),
+            ],
             (Self::Fence, Database::Sqlite) => {
                 &[step!(1, "fence", "../fence/sqlite/0001_fence.sql")]
             }

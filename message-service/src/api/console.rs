@@ -76,6 +76,17 @@ impl Console for Api {
         Ok(Response::new(console::counts(counts)))
     }
 
+    async fn replicas(
+        &self,
+        _request: Request<proto::ReplicasRequest>,
+    ) -> Result<Response<proto::ReplicasResponse>, Status> {
+        let replicas = self.service.replicas().await;
+        let replicas = replicas.map_err(|error| status::of_call(&error))?;
+        Ok(Response::new(proto::ReplicasResponse {
+            replicas: replicas.into_iter().map(console::replica).collect(),
+        }))
+    }
+
     async fn show_message(
         &self,
         request: Request<proto::ShowMessageRequest>,

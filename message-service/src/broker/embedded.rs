@@ -29,7 +29,7 @@ pub use session::{Grants, Sending, Sendings, Session};
 use crate::broker::{AnswerState, Broker, BrokerState, Permit, QueueState};
 use crate::clock::Clock;
 use crate::message::MessageId;
-use crate::store::{Handed, Overdue, Store};
+use crate::store::{Handed, Heard, Overdue, Store};
 use crate::topology::Snapshot;
 use held::State;
 
@@ -226,6 +226,13 @@ impl Broker for Embedded {
             queue.answered(ids, now);
         }
         self.released.notify_waiters();
+    }
+
+    /// There is nobody else.
+    fn heard(&self, _: &Heard) {}
+
+    fn holds(&self) -> u64 {
+        self.lock().held() as u64
     }
 
     async fn is_gone(&self, subscription: &str, overdue: &[Overdue]) -> Vec<bool> {

@@ -138,6 +138,12 @@ impl Handoffs {
         Vec::new()
     }
 
+    /// How many deliveries wait.
+    pub fn waiting(&self) -> usize {
+        let state = self.lock();
+        state.shares.values().map(|share| share.waiting.len()).sum()
+    }
+
     /// How many subscriptions have something that waits.
     pub fn turns(&self) -> usize {
         self.lock().turns.len()

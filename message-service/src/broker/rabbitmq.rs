@@ -45,7 +45,7 @@ use super::{AnswerSink, AnswerState, Broker, BrokerState, Permit, QueueState};
 use crate::clock::Clock;
 use crate::message::{MessageId, Timestamp};
 use crate::pass::{self, Trouble};
-use crate::store::{Handed, Overdue, Store};
+use crate::store::{Handed, Heard, Overdue, Store};
 use crate::topology::Snapshot;
 use declare::Declared;
 use link::{Link, LinkState, Opened};
@@ -425,6 +425,15 @@ impl Broker for RabbitMq {
         self.unmarked.answered(subscription, ids);
         self.queues
             .answered(subscription, ids.len(), self.clock.monotonic());
+    }
+
+    fn heard(&self, heard: &Heard) {
+        self.queues.heard(heard, self.clock.monotonic());
+    }
+
+    fn holds(&self) -> u64 {
+        let waiting = self.handoffs.waiting() + self.unmarked.len();
+        self.queues.in_flight() + waiting as u64
     }
 
     async fn is_gone(&self, subscription: &str, overdue: &[Overdue]) -> Vec<bool> {

@@ -1,5 +1,6 @@
 //! The checks of one producer.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ pub(super) struct Lane {
     /// Held during a page, so that a lane never asks twice at once.
     running: tokio::sync::Mutex<()>,
     contact: std::sync::Mutex<Contact>,
+    /// Messages that are being asked about.
+    pub(super) asking: AtomicUsize,
 }
 
 /// How the producer answered so far.
@@ -55,6 +58,7 @@ impl Lane {
             producer,
             shared,
             signal: Notify::new(),
+            asking: AtomicUsize::new(0),
             running: tokio::sync::Mutex::default(),
             contact: std::sync::Mutex::new(contact),
         }
@@ -86,9 +90,12 @@ impl Lane {
             return Ok(Page::default());
         }
         let asked = claims.len();
+        self.asking.store(asked, Ordering::Relaxed);
         let (verdicts, retry_after) = self.ask(&endpoint, &claims).await;
         let answered = verdicts.iter().flatten().count();
-        let settled = self.settle(policy, claims, &verdicts, retry_after).await?;
+        let settled = self.settle(policy, claims, &verdicts, retry_after).await;
+        self.asking.store(0, Ordering::Relaxed);
+        let settled = settled?;
         Ok(Page {
             asked,
             answered,

@@ -15,6 +15,7 @@ use crate::checker::{self, Checker};
 use crate::clock::Clock;
 use crate::config::Server;
 use crate::pass;
+use crate::presence::{Identity, Presence};
 use crate::producer::grpc::{self, GrpcStatus};
 use crate::recovery::{self, Recovery};
 use crate::refresh::{self, Refresh};
@@ -35,6 +36,7 @@ pub(super) struct Parts {
     recovery: Arc<Recovery>,
     retention: Arc<Retention>,
     refresh: Arc<Refresh>,
+    pub(super) presence: Arc<Presence>,
     /// Ends the passes.
     pub(super) stop: CancellationToken,
     /// The passes that run.
@@ -53,8 +55,9 @@ impl Parts {
         opened: Opened,
         topology: Arc<Snapshot>,
         clock: Arc<dyn Clock>,
-        seed: u64,
+        identity: Identity,
     ) -> Self {
+        let seed = identity.seed;
         let answered = Arc::new(Answered::default());
         let carrier = Carrier::new(server, &opened, &topology, &clock, seed);
         let store = opened.store;
@@ -88,6 +91,14 @@ impl Parts {
                 seed,
                 ..checker::Settings::default()
             },
+        );
+        let presence = Presence::new(
+            Arc::clone(&store),
+            Arc::clone(&broker),
+            Arc::clone(&checker),
+            Arc::clone(&answered),
+            Arc::clone(&topology),
+            identity,
         );
         let recovery = Recovery::new(
             Arc::clone(&store),
@@ -124,6 +135,7 @@ impl Parts {
             recovery,
             retention,
             refresh,
+            presence,
             stop: CancellationToken::new(),
             passes: TaskTracker::new(),
         }
@@ -136,6 +148,8 @@ impl Parts {
         self.keep("checker", move |stop| Arc::clone(&checker).run(stop));
         self.keep("recovery", move |stop| Arc::clone(&recovery).run(stop));
         self.keep("retention", move |stop| Arc::clone(&retention).run(stop));
+        let presence = Arc::clone(&self.presence);
+        self.keep("presence", move |stop| Arc::clone(&presence).run(stop));
         self.keep("refresh", move |stop| Arc::clone(&refresh).run(stop));
         self.passes.close();
         let sink: Arc<dyn AnswerSink> = Arc::clone(&self.service) as _;

@@ -19,6 +19,8 @@ use super::{Error, Running, SERVICES};
 const ANSWERS_SHARE: u32 = 5;
 /// Which part of the deadline is kept for the calls that are in flight at the end.
 const CALLS_SHARE: u32 = 5;
+/// How long the store may take to hear that this replica ends.
+const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 /// How long the store may take to finish what is queued. It is counted extra, so that a call
 /// that was cut off does not take its neighbours' writes along.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
@@ -79,6 +81,12 @@ impl Running {
     }
 
     async fn close(&self) {
+        if timeout(LEAVE_WITHIN, self.parts.presence.leave())
+            .await
+            .is_err()
+        {
+            tracing::debug!("the store did not hear that this replica ends");
+        }
         if timeout(CLOSE_WITHIN, self.parts.store.close())
             .await
             .is_err()

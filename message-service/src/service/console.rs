@@ -6,7 +6,7 @@ use super::gate::Permit;
 use super::timeline::{self, TimelineEntry};
 use super::{
     DeliveryCursor, DeliveryState, DeliveryView, Error, MessageFilter, MessageId, MessageView,
-    Service, SubscriptionCounts, limits,
+    ReplicaView, Service, SubscriptionCounts, limits,
 };
 use crate::broker::{AnswerState, BrokerState, QueueState};
 use crate::message::Invalid;
@@ -84,6 +84,14 @@ impl Service {
             unreachable: counts.producers.iter().map(unreachable).collect(),
             store: counts,
         })
+    }
+
+    /// The processes on this store.
+    pub async fn replicas(self: &Arc<Self>) -> Result<Vec<ReplicaView>, Error> {
+        let permit = self.console.admit(1)?;
+        let service = Arc::clone(self);
+        self.read(permit, async move { service.store.replicas().await })
+            .await
     }
 
     /// Everything about one message.

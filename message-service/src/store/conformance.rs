@@ -8,6 +8,7 @@ pub(crate) mod answers;
 pub(crate) mod checks;
 pub(crate) mod deliveries;
 pub(crate) mod messages;
+pub(crate) mod replicas;
 pub(crate) mod topologies;
 pub(crate) mod whole;
 
@@ -111,6 +112,7 @@ claims! {
     topologies::a_subscription_gets_what_is_confirmed_after_it_became_active
     topologies::a_producer_with_prepared_messages_is_not_removed
     topologies::a_producer_with_prepared_messages_keeps_its_status_endpoint
+    replicas::a_replica_is_listed_with_what_it_said_until_it_leaves
     whole::what_was_finished_long_ago_is_removed_and_the_rest_is_carried_on
     whole::a_shorter_span_of_buckets_matters_at_once
     whole::a_row_in_an_unknown_state_is_left_alone_and_counted

@@ -17,6 +17,7 @@ pub(super) enum Kind {
     Return,
     Recover,
     Retire,
+    Announce,
 }
 
 impl Kind {
@@ -35,6 +36,7 @@ impl Kind {
             Self::Return => "take deliveries back",
             Self::Recover => "write what the recovery pass decided",
             Self::Retire => "remove finished messages",
+            Self::Announce => "say that this replica is there",
         }
     }
 
@@ -62,6 +64,7 @@ impl Kind {
             Self::Return => (Point::RETURN_BEFORE_COMMIT, Point::RETURN_AFTER_COMMIT),
             Self::Recover => (Point::RECOVER_BEFORE_COMMIT, Point::RECOVER_AFTER_COMMIT),
             Self::Retire => (Point::RETIRE_BEFORE_COMMIT, Point::RETIRE_AFTER_COMMIT),
+            Self::Announce => (Point::ANNOUNCE_BEFORE_COMMIT, Point::ANNOUNCE_AFTER_COMMIT),
         }
     }
 }

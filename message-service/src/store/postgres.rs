@@ -16,6 +16,7 @@ mod messages;
 mod open;
 mod outcomes;
 mod readers;
+mod replicas;
 mod retire;
 mod rows;
 mod session;
@@ -40,6 +41,7 @@ use lanes::Lane as WriteLane;
 use messages::{Prepare, Publish};
 pub use open::{Address, OpenError, migrate};
 use readers::Readers;
+use replicas::{Announce, Said};
 use retire::{Retire, Wanted};
 use session::Repeats;
 use time::StoreClock;
@@ -47,8 +49,9 @@ use topology::Apply;
 
 use super::{
     AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryClaim,
-    DeliveryCursor, DeliveryView, Error, Handed, Handoff, Lane, MessageFilter, MessageView,
-    Overdue, OverdueDecision, Retired, Returned, Sent, Shown, Store, Unsent, Written,
+    DeliveryCursor, DeliveryView, Error, Handed, Handoff, Heard, Lane, MessageFilter, MessageView,
+    Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown, Store, Unsent,
+    Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -82,6 +85,7 @@ struct Lanes {
     take_back: WriteLane<TakeBack>,
     recover: WriteLane<Recover>,
     retire: WriteLane<Retire>,
+    announce: WriteLane<Announce>,
 }
 
 impl PostgresStore {
@@ -309,6 +313,21 @@ impl Store for PostgresStore {
             .await
     }
 
+    async fn announce(&self, presence: Presence) -> Result<Heard, Error> {
+        self.lanes.announce.call(Said::Here(presence)).await
+    }
+
+    async fn leave(&self, id: Uuid) -> Result<(), Error> {
+        self.lanes.announce.call(Said::Gone(id)).await?;
+        Ok(())
+    }
+
+    async fn replicas(&self) -> Result<Vec<ReplicaView>, Error> {
+        self.people
+            .read("list replicas", |db| Box::pin(replicas::replicas(db)))
+            .await
+    }
+
     async fn counts(&self) -> Result<Counts, Error> {
         self.people
             .read("count messages", |db| Box::pin(console::counts(db)))
@@ -371,6 +390,7 @@ impl Store for PostgresStore {
             lanes.take_back.close(),
             lanes.recover.close(),
             lanes.retire.close(),
+            lanes.announce.close(),
         );
         tokio::join!(self.readers.close(), self.people.close());
         self.watch.abort();

@@ -19,10 +19,11 @@ mod writer;
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use uuid::Uuid;
 
 pub use open::{OpenError, migrate};
 use readers::Readers;
@@ -31,8 +32,9 @@ use writer::{Kind, Writer};
 
 use super::{
     AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryClaim,
-    DeliveryCursor, DeliveryView, Error, Handed, Handoff, Lane, MessageFilter, MessageView,
-    Overdue, OverdueDecision, Retired, Returned, Sent, Shown, Store, Unsent, Written,
+    DeliveryCursor, DeliveryView, Error, Handed, Handoff, Heard, Lane, MessageFilter, MessageView,
+    Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown, Store, Unsent,
+    Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -42,6 +44,8 @@ pub struct SqliteStore {
     writer: Writer,
     readers: Readers,
     clock: Arc<StoreClock>,
+    /// Who holds the lock, as it has said itself: there is no other to tell.
+    replica: Mutex<Option<ReplicaView>>,
     /// Held as long as the store lives; the lock ends with the process, however it ends.
     _lock: File,
 }
@@ -350,6 +354,36 @@ impl Store for SqliteStore {
                 Box::pin(console::backlog_bytes(db, now))
             })
             .await
+    }
+
+    async fn announce(&self, presence: Presence) -> Result<Heard, Error> {
+        let now = self.now();
+        let mut replica = self.replica.lock().unwrap_or_else(PoisonError::into_inner);
+        let started_at = replica.as_ref().map_or(now, |replica| replica.started_at);
+        *replica = Some(ReplicaView {
+            id: presence.id,
+            version: presence.version,
+            address: presence.address,
+            started_at,
+            seen_at: now,
+            deliveries: presence.deliveries,
+            checks: presence.checks,
+        });
+        Ok(Heard {
+            alive: 1,
+            answered: Vec::new(),
+        })
+    }
+
+    async fn leave(&self, id: Uuid) -> Result<(), Error> {
+        let mut replica = self.replica.lock().unwrap_or_else(PoisonError::into_inner);
+        *replica = replica.take().filter(|replica| replica.id != id);
+        Ok(())
+    }
+
+    async fn replicas(&self) -> Result<Vec<ReplicaView>, Error> {
+        let replica = self.replica.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(replica.iter().cloned().collect())
     }
 
     async fn counts(&self) -> Result<Counts, Error> {

@@ -2053,6 +2053,39 @@ pub struct ListDeliveriesResponse {
     #[prost(bytes = "vec", tag = "2")]
     pub next_cursor: ::prost::alloc::vec::Vec<u8>,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReplicasRequest {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReplicasResponse {
+    /// The longest serving first. One that ended without saying so is shown for an hour after it
+    /// was last seen.
+    #[prost(message, repeated, tag = "1")]
+    pub replicas: ::prost::alloc::vec::Vec<Replica>,
+}
+/// A process of the service.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Replica {
+    /// Another one after every start.
+    #[prost(bytes = "vec", tag = "1")]
+    pub replica_id: ::prost::alloc::vec::Vec<u8>,
+    /// Of the program.
+    #[prost(string, tag = "2")]
+    pub version: ::prost::alloc::string::String,
+    /// Where it serves.
+    #[prost(string, tag = "3")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(int64, tag = "4")]
+    pub started_at: i64,
+    /// Once a second, as long as it runs and reaches the store.
+    #[prost(int64, tag = "5")]
+    pub seen_at: i64,
+    /// Deliveries that it was sending, or had not marked SENT yet, when it was last seen.
+    #[prost(uint64, tag = "6")]
+    pub deliveries: u64,
+    /// Messages that it was asking about.
+    #[prost(uint64, tag = "7")]
+    pub checks: u64,
+}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum BrokerState {
@@ -2202,6 +2235,31 @@ pub mod console_client {
                 .insert(GrpcMethod::new("handfast.v1.Console", "Counts"));
             self.inner.unary(req, path, codec).await
         }
+        /// The processes on this store.
+        pub async fn replicas(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReplicasRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReplicasResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/handfast.v1.Console/Replicas",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("handfast.v1.Console", "Replicas"));
+            self.inner.unary(req, path, codec).await
+        }
         /// One message with its deliveries and its timeline.
         pub async fn show_message(
             &mut self,
@@ -2297,6 +2355,14 @@ pub mod console_server {
             &self,
             request: tonic::Request<super::CountsRequest>,
         ) -> std::result::Result<tonic::Response<super::CountsResponse>, tonic::Status>;
+        /// The processes on this store.
+        async fn replicas(
+            &self,
+            request: tonic::Request<super::ReplicasRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReplicasResponse>,
+            tonic::Status,
+        >;
         /// One message with its deliveries and its timeline.
         async fn show_message(
             &self,
@@ -2427,6 +2493,49 @@ pub mod console_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = CountsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/handfast.v1.Console/Replicas" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReplicasSvc<T: Console>(pub Arc<T>);
+                    impl<T: Console> tonic::server::UnaryService<super::ReplicasRequest>
+                    for ReplicasSvc<T> {
+                        type Response = super::ReplicasResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReplicasRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Console>::replicas(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReplicasSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -40,6 +40,8 @@ fn only_on(point: Point) -> Option<Engines> {
         Point::RELAY_HANDED
         | Point::RELAY_CONFIRMED
         | Point::ANSWERS_RECORDED
+        | Point::ANNOUNCE_BEFORE_COMMIT
+        | Point::ANNOUNCE_AFTER_COMMIT
         | Point::CONSUMER_PUBLISHED => Some(Engines::Production),
         _ => None,
     }
@@ -85,6 +87,8 @@ async fn dies_at(engines: Engines, point: Point) {
         | Point::DECIDE_AFTER_COMMIT
         | Point::DELIVER_AFTER_WRITE
         | Point::RELAY_HANDED
+        | Point::ANNOUNCE_BEFORE_COMMIT
+        | Point::ANNOUNCE_AFTER_COMMIT
         | Point::RELAY_CONFIRMED => busy(engines, Party::Service, point, 3).await,
         Point::CLAIM_BEFORE_COMMIT | Point::CLAIM_AFTER_COMMIT => match engines {
             Engines::Embedded => busy(engines, Party::Service, point, 3).await,

@@ -5,7 +5,7 @@ use handfast_proto::v1 as proto;
 use super::{ID_BYTES, decided_by, delivery_state, headers, message_state};
 use crate::service::{
     BrokerState, CountsView, DeliveryCursor, DeliveryState, DeliveryView, Error, Invalid,
-    MessageFilter, MessageId, MessageState, MessageView, QueueState, ShownMessage,
+    MessageFilter, MessageId, MessageState, MessageView, QueueState, ReplicaView, ShownMessage,
     SubscriptionCounts, TimelineEntry, Timestamp, limits,
 };
 
@@ -57,6 +57,19 @@ pub(in crate::api) fn counts(view: CountsView) -> proto::CountsResponse {
             foreign_answers: view.answers.foreign,
             answers_trouble: view.answers.trouble,
         }),
+    }
+}
+
+/// A process of the service.
+pub(in crate::api) fn replica(replica: ReplicaView) -> proto::Replica {
+    proto::Replica {
+        replica_id: replica.id.as_bytes().to_vec(),
+        version: replica.version,
+        address: replica.address,
+        started_at: replica.started_at.as_micros(),
+        seen_at: replica.seen_at.as_micros(),
+        deliveries: replica.deliveries,
+        checks: replica.checks,
     }
 }
 

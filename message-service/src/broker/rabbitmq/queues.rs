@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::store::Heard;
 use crate::topology::Topology;
 
 /// How many messages may wait in a queue, if its subscription does not say.
@@ -124,6 +125,8 @@ struct State {
     last: [String; 2],
     /// How many processes send to these queues and take answers, as last seen.
     processes: u32,
+    /// How many have said that they are there, and which answers they took.
+    announced: u32,
 }
 
 impl Queues {
@@ -193,6 +196,7 @@ impl Queues {
             queues,
             last,
             processes,
+            ..
         } = &mut *state;
         let last = &last[pace as usize];
         let mut turns: Vec<String> = Vec::new();
@@ -285,6 +289,23 @@ impl Queues {
         }
     }
 
+    /// What all processes have heard.
+    pub(super) fn heard(&self, heard: &Heard, now: Duration) {
+        let mut state = self.lock();
+        state.announced = heard.alive;
+        for (name, _, ago) in &heard.answered {
+            if let Some(queue) = state.queues.get_mut(name) {
+                queue.answered_at = queue.answered_at.max(now.checked_sub(*ago));
+            }
+        }
+    }
+
+    /// Messages that are on their way.
+    pub(super) fn in_flight(&self) -> u64 {
+        let state = self.lock();
+        state.queues.values().map(|queue| queue.in_flight).sum()
+    }
+
     /// What a look found.
     pub(super) fn seen(&self, name: &str, seen: Seen, now: Duration) {
         if let Some(queue) = self.lock().queues.get_mut(name) {
@@ -373,14 +394,15 @@ impl Queues {
         // A queue without a leader looks empty too; it does not confirm what it is sent, and so
         // is not open.
         let looked = queue.health == Health::Open && now.saturating_sub(queue.seen_at) < EMPTY_FOR;
-        // What other processes have taken and not written is not seen from here; nor is what they
-        // have heard of a subscription.
+        // What other processes have taken and not written is not seen from here. What they have
+        // heard of a subscription is, if each of them says so.
         let shared = state.processes > 1;
+        let unheard = shared && state.processes > state.announced;
         let empty_for = if shared { SHARED_EMPTY_FOR } else { EMPTY_FOR };
         let empty = queue
             .empty_since
             .is_some_and(|since| now.saturating_sub(since) >= empty_for);
-        let silent = !shared
+        let silent = !unheard
             && sent_ago >= silence
             && queue
                 .answered_at
@@ -553,16 +575,29 @@ mod tests {
         see(1, SECOND);
         see(1, 100 * SECOND);
         assert!(!gone(100 * SECOND), "others may have had its answers");
+        let heard = |alive, ago| Heard {
+            alive,
+            answered: vec![("a".to_owned(), None, ago)],
+        };
+        queues.heard(&heard(2, 200 * SECOND), 100 * SECOND);
+        assert!(gone(100 * SECOND), "all of them say that they had none");
+        queues.heard(&heard(2, 20 * SECOND), 100 * SECOND);
+        assert!(!gone(100 * SECOND), "one of them had");
+        assert!(!gone(101 * SECOND));
+        see(1, 171 * SECOND);
+        assert!(gone(171 * SECOND));
+        queues.heard(&heard(1, 91 * SECOND), 171 * SECOND);
+        assert!(!gone(171 * SECOND), "one of them says nothing");
         queues.shared_by(1);
-        assert!(gone(100 * SECOND));
+        assert!(gone(171 * SECOND));
         queues.landed("a", 1, 1);
-        see(0, 101 * SECOND);
-        see(0, 110 * SECOND);
-        assert!(gone(110 * SECOND));
+        see(0, 172 * SECOND);
+        see(0, 180 * SECOND);
+        assert!(gone(180 * SECOND));
         queues.shared_by(2);
-        assert!(!gone(110 * SECOND), "others may hold its answers");
-        see(0, 131 * SECOND);
-        assert!(gone(131 * SECOND));
+        assert!(!gone(180 * SECOND), "others may hold its answers");
+        see(0, 202 * SECOND);
+        assert!(gone(202 * SECOND));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use super::deliveries::{Claim, MarkSent};
 use super::lanes::Lane;
 use super::messages::{Prepare, Publish};
 use super::readers::Readers;
+use super::replicas::Announce;
 use super::retire::Retire;
 use super::session::{Repeats, Session, Trouble, Use, connect, trouble};
 use super::time::StoreClock;
@@ -227,6 +228,7 @@ impl PostgresStore {
             take_back: Lane::start(TakeBack(rng()), session(write)),
             recover: Lane::start(Recover::new(rng(), Arc::clone(&clock)), session(write)),
             retire: Lane::start(Retire::default(), session(Use::Retire)),
+            announce: Lane::start(Announce, session(write)),
         };
         let readers = |number| Readers::new(Arc::clone(&options), number, Arc::clone(&repeats));
         let people = readers(address.readers.min(PEOPLE));

@@ -117,6 +117,7 @@ mod conforms {
 mod handoff;
 mod plans;
 mod races;
+mod replicas;
 mod trouble;
 mod upkeep;
 

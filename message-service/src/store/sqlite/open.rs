@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use handfast_migrations::Owner;
@@ -106,6 +106,7 @@ impl SqliteStore {
             ),
             readers: Readers::new(options),
             clock,
+            replica: Mutex::default(),
             _lock: lock,
         })
     }

@@ -57,7 +57,8 @@ impl Class {
             | Kind::Sent
             | Kind::Return
             | Kind::Recover
-            | Kind::Retire => Class::Pass,
+            | Kind::Retire
+            | Kind::Announce => Class::Pass,
         }
     }
 }
