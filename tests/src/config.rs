@@ -95,6 +95,14 @@ impl Config {
         self
     }
 
+    /// Adds a topic that nobody need be subscribed to.
+    #[must_use]
+    pub fn topic_for_nobody(mut self, name: &str) -> Self {
+        let table = format!("name = \"{name}\"\nmay_have_no_subscriber = true\n");
+        self.topics.push(table);
+        self
+    }
+
     /// Adds a subscription with the usual attempts.
     #[must_use]
     pub fn subscription(self, name: &str, topic: &str) -> Self {

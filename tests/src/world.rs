@@ -77,6 +77,8 @@ impl Party {
 pub struct World {
     /// What the service is told at its next start.
     pub config: Config,
+    /// Payment knows two addresses of Handfast at its next start, the service's and a replica's.
+    pub replicated: bool,
     /// After this long, payment answers PROCESSING.
     pub pay_deadline_ms: u64,
     /// What the environment tells the service; it wins over the configuration.
@@ -131,6 +133,7 @@ impl World {
     pub fn bare_with_servers(engines: Engines, servers: Servers, config: Config) -> Self {
         Self {
             config,
+            replicated: false,
             pay_deadline_ms: 5_000,
             service_environment: BTreeMap::new(),
             running: BTreeMap::new(),
@@ -343,8 +346,12 @@ impl World {
                 let mut command = Command::new(handfast());
                 command.arg("demo-party").arg(party.name());
                 let variable = |name: &str| format!("{}_{name}", party.name().to_uppercase());
+                let mut service = self.service_url();
+                if self.replicated {
+                    service = format!("{service},http://{}", self.address(REPLICA_PORT));
+                }
                 command
-                    .env(variable("SERVICE"), self.service_url())
+                    .env(variable("SERVICE"), service)
                     .env(variable("DATABASE"), database)
                     .env(variable("HANDLER_TIMEOUT_MS"), "1500");
                 match self.home.production() {

@@ -6,6 +6,7 @@
     reason = "what supports a test may fail as loudly as the test"
 )]
 
+mod beside_another;
 mod disk_full;
 mod every_point;
 mod kills;
