@@ -23,6 +23,7 @@ pub mod consumer;
 pub mod database;
 pub mod home;
 pub mod process;
+pub mod proxy;
 pub mod reader;
 pub mod status;
 pub mod wait;
