@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery as Received;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
@@ -115,16 +115,40 @@ impl QueueConsumer {
         next.unwrap_or_else(|| panic!("{} got nothing", self.subscription))
     }
 
+    /// What is there, at most so many, once there is something within this time.
+    pub async fn batch_within(&mut self, most: usize, time: Duration) -> Vec<(Fact, u64)> {
+        let mut batch = Vec::from_iter(self.next_within(time).await);
+        while !batch.is_empty()
+            && batch.len() < most
+            && let Some(Some(received)) = self.stream.next().now_or_never()
+        {
+            let received = received.expect("a delivery");
+            batch.push((fact(&received), received.delivery_tag));
+        }
+        batch
+    }
+
     /// Answers CONSUMED, and then says so to RabbitMQ.
     pub async fn consumed(&self, fact: &Fact, tag: u64) {
-        let id = Uuid::from_slice(&fact.message_id).expect("an id");
-        let body = serde_json::json!({
-            "subscription": self.subscription,
-            "answers": [{
+        self.all_consumed(&[(fact.clone(), tag)]).await;
+    }
+
+    /// Answers CONSUMED for at most 500, everything up to the last one.
+    pub async fn all_consumed(&self, batch: &[(Fact, u64)]) {
+        let answer = |(fact, _): &(Fact, u64)| {
+            let id = Uuid::from_slice(&fact.message_id).expect("an id");
+            serde_json::json!({
                 "message_id": id.to_string(),
                 "generation": fact.generation,
                 "answer": "CONSUMED",
-            }],
+            })
+        };
+        let Some((_, last)) = batch.last() else {
+            return;
+        };
+        let body = serde_json::json!({
+            "subscription": self.subscription,
+            "answers": batch.iter().map(answer).collect::<Vec<_>>(),
         })
         .to_string();
         let properties = BasicProperties::default()
@@ -142,7 +166,9 @@ impl QueueConsumer {
         );
         let confirm = published.await.expect("an answer is sent").await;
         assert_eq!(confirm.expect("an answer is kept"), Confirmation::Ack(None));
-        let acked = self.channel.basic_ack(tag, BasicAckOptions::default());
+        let acked = self
+            .channel
+            .basic_ack(*last, BasicAckOptions { multiple: true });
         acked.await.expect("an ack");
     }
 

@@ -189,6 +189,15 @@ impl World {
         format!("http://{}", self.address(SERVICE_PORT))
     }
 
+    /// Where the service and its replica are, as a producer is told.
+    pub fn replicated_url(&self) -> String {
+        format!(
+            "{},http://{}",
+            self.service_url(),
+            self.address(REPLICA_PORT)
+        )
+    }
+
     /// Where payment is.
     pub fn payment_url(&self) -> String {
         format!("http://{}", self.address(PAYMENT_PORT))
@@ -249,9 +258,14 @@ impl World {
 
     /// Starts another message service on the same servers, of this name, and waits until it serves.
     pub async fn start_replica(&mut self, name: &str) {
+        self.start_replica_with(name, &[]).await;
+    }
+
+    /// The same with more arguments of `serve`.
+    pub async fn start_replica_with(&mut self, name: &str, arguments: &[&str]) {
         let mut command = self.command(Party::Service);
         let listen = self.address(REPLICA_PORT).to_string();
-        command.arg("--listen").arg(listen);
+        command.arg("--listen").arg(listen).args(arguments);
         self.spawn(name, command);
         self.until_serving(name, REPLICA_PORT).await;
     }
@@ -346,10 +360,10 @@ impl World {
                 let mut command = Command::new(handfast());
                 command.arg("demo-party").arg(party.name());
                 let variable = |name: &str| format!("{}_{name}", party.name().to_uppercase());
-                let mut service = self.service_url();
-                if self.replicated {
-                    service = format!("{service},http://{}", self.address(REPLICA_PORT));
-                }
+                let service = match self.replicated {
+                    true => self.replicated_url(),
+                    false => self.service_url(),
+                };
                 command
                     .env(variable("SERVICE"), service)
                     .env(variable("DATABASE"), database)

@@ -10,4 +10,5 @@ mod beside_another;
 mod disk_full;
 mod every_point;
 mod kills;
+mod shared_work;
 mod two_replicas;
