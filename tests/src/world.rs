@@ -22,6 +22,7 @@ use crate::config::{Config, STEP_MS};
 use crate::database::Database;
 use crate::home::{Engines, Home, Servers};
 use crate::process::Process;
+use crate::proxy::Proxy;
 use crate::wait::eventually;
 
 /// What a merchant and its users have at first, in minor units.
@@ -191,11 +192,25 @@ impl World {
 
     /// Where the service and its replica are, as a producer is told.
     pub fn replicated_url(&self) -> String {
-        format!(
-            "{},http://{}",
-            self.service_url(),
-            self.address(REPLICA_PORT)
-        )
+        format!("{},{}", self.service_url(), self.replica_url())
+    }
+
+    /// Where the service's replica is.
+    pub fn replica_url(&self) -> String {
+        format!("http://{}", self.address(REPLICA_PORT))
+    }
+
+    /// A proxy on a service's way to RabbitMQ, and the URL of RabbitMQ by way of it.
+    pub async fn proxied_rabbitmq(&self) -> (Proxy, String) {
+        let (url, _) = self.rabbitmq();
+        let parts = url.split_once('@').and_then(|(user, rest)| {
+            let (host, path) = rest.split_once('/')?;
+            Some((user, host.parse().ok()?, path))
+        });
+        let (user, server, path) = parts.expect("amqp://user@address/path");
+        let proxy = Proxy::start(server).await;
+        let url = format!("{user}@{}/{path}", proxy.address());
+        (proxy, url)
     }
 
     /// Where payment is.

@@ -2,12 +2,11 @@
 //! nothing comes twice.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use handfast_producer::{Message, Producer};
 use handfast_tests::database::number;
-use handfast_tests::proxy::{Proxy, Way};
+use handfast_tests::proxy::Way;
 use handfast_tests::{Config, Engines, Party, World, eventually};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -26,16 +25,6 @@ const DRAIN: Duration = Duration::from_secs(60);
 /// Answers of one message.
 const BATCH: usize = 500;
 const QUIET: Duration = Duration::from_secs(2);
-
-/// A link of a service to RabbitMQ that counts what it carries, and its URL.
-async fn counted(url: &str) -> (Proxy, String) {
-    let (before, rest) = url.split_once('@').expect("user and host");
-    let (host, path) = rest.split_once('/').expect("host and path");
-    let server: SocketAddr = host.parse().expect("an address");
-    let proxy = Proxy::start(server).await;
-    let url = format!("{before}@{}/{path}", proxy.address());
-    (proxy, url)
-}
 
 /// Publishes at a steady pace, however long each takes.
 async fn publish_all(producer: &Producer) -> usize {
@@ -68,9 +57,8 @@ async fn two_replicas_share_a_thousand_messages_a_second_and_send_none_twice() {
         config = config.usual_subscription(subscription, TOPIC);
     }
     let mut world = World::bare(Engines::Production, config);
-    let (url, _) = world.rabbitmq();
-    let (first, first_url) = counted(&url).await;
-    let (second, second_url) = counted(&url).await;
+    let (first, first_url) = world.proxied_rabbitmq().await;
+    let (second, second_url) = world.proxied_rabbitmq().await;
     let environment = &mut world.service_environment;
     environment.insert("HANDFAST_BROKER".to_owned(), first_url);
     world.start(Party::Service).await;

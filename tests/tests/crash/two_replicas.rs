@@ -1,10 +1,14 @@
 //! Two message services on one PostgreSQL and one RabbitMQ, of which one is frozen or killed.
 
 use std::cell::Cell;
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
+use handfast_producer::{Message, Producer};
 use handfast_tests::clients::orders;
-use handfast_tests::{Books, Engines, Floor, Party, World, eventually};
+use handfast_tests::database::number;
+use handfast_tests::proxy::Way;
+use handfast_tests::{Books, Config, Engines, Floor, Party, World, eventually};
 use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -72,4 +76,80 @@ async fn one_of_two_replicas_that_freezes_or_dies_changes_nothing() {
     assert!(attempts <= Some(2), "{attempts:?}");
     let (copies, messages) = Books::copies(&books.seen_by_points);
     eprintln!("{copies} copies of {messages} messages");
+}
+
+#[tokio::test]
+async fn what_a_frozen_replica_holds_is_taken_over_within_one_and_a_half_leases() {
+    const LEASE: Duration = Duration::from_secs(4);
+    const HELD: i64 = 20;
+    let config = Config::empty()
+        .server("lease_ms", LEASE.as_millis())
+        .server("resend_after_ms", 6_000)
+        .server("publisher_confirm_ms", 3_000)
+        .publisher("source")
+        .topic("fact")
+        .subscription("sink", "fact");
+    let mut world = World::bare(Engines::Production, config);
+    world.start(Party::Service).await;
+    let (link, url) = world.proxied_rabbitmq().await;
+    let arguments = ["--broker", &url];
+    world.start_replica_with(REPLICA, &arguments).await;
+    let producer = Producer::connect(world.replica_url(), "source").await;
+    let producer = producer.unwrap();
+    let mut sink = world.queue_consumer("sink").await;
+    producer.publish(&Message::new("fact")).await.unwrap();
+    let (first, tag) = sink.next().await;
+    sink.consumed(&first, tag).await;
+
+    // The replica can send nothing, so what it has leased it still holds when it stops.
+    link.swallows(Way::There, true);
+    for _ in 0..HELD {
+        producer.publish(&Message::new("fact")).await.unwrap();
+    }
+    world.process(REPLICA).signal(Signal::SIGSTOP);
+    let frozen = Instant::now();
+    let db = world.database("service").await;
+    let count = async |what: &str| {
+        let count = format!("SELECT count(*) FROM delivery WHERE {what}");
+        number(&db, &count).await
+    };
+    assert_eq!(count("state = 'PENDING' AND token IS NOT NULL").await, HELD);
+    eventually("something is taken over", SOON, async || {
+        let taken_over = count("generation > 1").await;
+        (taken_over > 0)
+            .then_some(())
+            .ok_or_else(|| taken_over.to_string())
+    })
+    .await;
+    let after = frozen.elapsed();
+    eprintln!("taken over after {after:?}");
+    assert!(after <= LEASE * 3 / 2, "{after:?}");
+    let mut ids = BTreeSet::new();
+    for _ in 0..HELD {
+        let (fact, tag) = sink.next().await;
+        assert_eq!(fact.generation, 2, "the second send, by the other one");
+        assert!(ids.insert(fact.message_id.clone()), "each once");
+        sink.consumed(&fact, tag).await;
+    }
+
+    // It wakes up far behind its leases, and changes nothing of what the other one did. What
+    // RabbitMQ gave it of the answers, it writes now.
+    tokio::time::sleep((LEASE * 3).saturating_sub(frozen.elapsed())).await;
+    world.process(REPLICA).signal(Signal::SIGCONT);
+    link.swallows(Way::There, false);
+    link.cuts();
+    producer.publish(&Message::new("fact")).await.unwrap();
+    let (fact, tag) = sink.next().await;
+    assert!(!ids.contains(&fact.message_id), "nothing comes again");
+    sink.consumed(&fact, tag).await;
+    eventually("all is consumed", SOON, async || {
+        let consumed = count("state = 'CONSUMED'").await;
+        (consumed == HELD + 2)
+            .then_some(())
+            .ok_or_else(|| consumed.to_string())
+    })
+    .await;
+    let sound = "state = 'CONSUMED' AND generation = 2 AND attempts = 0 AND token IS NULL";
+    assert_eq!(count(sound).await, HELD);
+    db.close().await;
 }
