@@ -324,7 +324,12 @@ impl World {
 
     /// Stops a party with SIGTERM; it must end with 0.
     pub async fn stop(&mut self, party: Party) {
-        self.take(party.name()).stop().await;
+        self.stop_process(party.name()).await;
+    }
+
+    /// Stops the process of this name with SIGTERM; it must end with 0.
+    pub async fn stop_process(&mut self, name: &str) {
+        self.take(name).stop().await;
     }
 
     /// Kills and starts again.

@@ -11,4 +11,5 @@ mod disk_full;
 mod every_point;
 mod kills;
 mod shared_work;
+mod starts_with_a_backlog;
 mod two_replicas;

@@ -1,8 +1,8 @@
-//! Two message services under a load of a thousand messages a second: each does its share, and
-//! nothing comes twice.
+//! Two message services under load: each does its share, nothing comes twice, and a rolling restart
+//! is not noticed by who produces and who consumes.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use handfast_producer::{Message, Producer};
 use handfast_tests::database::number;
@@ -13,32 +13,45 @@ use tokio_util::sync::CancellationToken;
 
 const TOPIC: &str = "fact";
 const SUBSCRIPTIONS: [&str; 2] = ["left", "right"];
-const PER_S: u32 = 1_000;
-const LOAD: Duration = Duration::from_secs(60);
+const REPLICA: &str = "replica";
 /// Of one message; what is sent in all is most of what a service says to RabbitMQ.
 const PAYLOAD: usize = 1_024;
 /// The least share of each service.
 const SHARE: f64 = 0.2;
 /// Copies that are too many, of all.
 const COPIES: f64 = 0.001;
+/// The slowest of a hundred from publish to consumer, also while services restart.
+const SLOWEST: Duration = Duration::from_secs(2);
+const MINUTE: Duration = Duration::from_secs(60);
 const DRAIN: Duration = Duration::from_secs(60);
 /// Answers of one message.
 const BATCH: usize = 500;
 const QUIET: Duration = Duration::from_secs(2);
 
-/// Publishes at a steady pace, however long each takes.
-async fn publish_all(producer: &Producer) -> usize {
-    let all = PER_S as usize * usize::try_from(LOAD.as_secs()).unwrap();
+/// Services with the timers that they have when nobody sets them.
+fn world() -> World {
+    let mut config = Config::with_usual_timers().publisher("source").topic(TOPIC);
+    for subscription in SUBSCRIPTIONS {
+        config = config.usual_subscription(subscription, TOPIC);
+    }
+    World::bare(Engines::Production, config)
+}
+
+/// Publishes at a steady pace, however long each takes, and says how many. Every call must
+/// succeed. The payload says when it was to be published.
+async fn load(urls: String, began: Instant, per_s: u32, time: Duration) -> usize {
+    let producer = Producer::connect(urls, "source").await;
+    let producer = producer.unwrap();
+    let all = per_s as usize * usize::try_from(time.as_secs()).unwrap();
     let mut pace = tokio::time::interval(Duration::from_millis(10));
     let mut calls = JoinSet::new();
-    let mut published = 0;
-    while published < all {
+    for _ in 0..all / (per_s as usize / 100) {
         pace.tick().await;
-        for _ in 0..PER_S / 100 {
+        for _ in 0..per_s / 100 {
             let producer = producer.clone();
-            let message = Message::new(TOPIC).payload("text/plain", vec![b'x'; PAYLOAD]);
+            let payload = format!("{:PAYLOAD$}", began.elapsed().as_micros());
+            let message = Message::new(TOPIC).payload("text/plain", payload);
             calls.spawn(async move { producer.publish(&message).await });
-            published += 1;
         }
         while let Some(done) = calls.try_join_next() {
             done.unwrap().unwrap();
@@ -47,46 +60,61 @@ async fn publish_all(producer: &Producer) -> usize {
     for done in calls.join_all().await {
         done.unwrap();
     }
-    published
+    all
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_replicas_share_a_thousand_messages_a_second_and_send_none_twice() {
-    let mut config = Config::with_usual_timers().publisher("source").topic(TOPIC);
-    for subscription in SUBSCRIPTIONS {
-        config = config.usual_subscription(subscription, TOPIC);
-    }
-    let mut world = World::bare(Engines::Production, config);
-    let (first, first_url) = world.proxied_rabbitmq().await;
-    let (second, second_url) = world.proxied_rabbitmq().await;
-    let environment = &mut world.service_environment;
-    environment.insert("HANDFAST_BROKER".to_owned(), first_url);
-    world.start(Party::Service).await;
-    world
-        .start_replica_with("replica", &["--broker", &second_url])
-        .await;
+/// What came for one subscription.
+struct Got {
+    copies: HashMap<Vec<u8>, usize>,
+    /// From publish to here, of the first copies.
+    took: Vec<Duration>,
+}
 
-    let over = CancellationToken::new();
+impl Got {
+    fn all(&self) -> usize {
+        self.copies.values().sum()
+    }
+
+    fn slowest_of_a_hundred(&mut self) -> Duration {
+        self.took.sort_unstable();
+        self.took[self.took.len() * 99 / 100]
+    }
+}
+
+/// Takes and answers everything for both, until nothing comes and it is over.
+async fn consume(world: &World, began: Instant, over: &CancellationToken) -> JoinSet<Got> {
     let mut reading = JoinSet::new();
     for subscription in SUBSCRIPTIONS {
         let mut queue = world.queue_consumer(subscription).await;
         let over = over.clone();
         reading.spawn(async move {
-            let mut copies: HashMap<Vec<u8>, usize> = HashMap::new();
+            let mut got = Got {
+                copies: HashMap::new(),
+                took: Vec::new(),
+            };
             loop {
                 let batch = queue.batch_within(BATCH, QUIET).await;
                 if batch.is_empty() && over.is_cancelled() {
-                    return copies;
+                    return got;
                 }
+                let now = began.elapsed();
                 for (fact, _) in &batch {
-                    *copies.entry(fact.message_id.clone()).or_default() += 1;
+                    let copies = got.copies.entry(fact.message_id.clone()).or_default();
+                    *copies += 1;
+                    if *copies == 1 {
+                        let said = String::from_utf8_lossy(&fact.payload);
+                        let sent = Duration::from_micros(said.trim().parse().unwrap());
+                        got.took.push(now - sent);
+                    }
                 }
                 queue.all_consumed(&batch).await;
             }
         });
     }
-    let producer = Producer::connect(world.replicated_url(), "source").await;
-    let published = publish_all(&producer.unwrap()).await;
+    reading
+}
+
+async fn all_is_consumed(world: &World) {
     let db = world.database("service").await;
     eventually("everything is consumed", DRAIN, async || {
         let open = "SELECT count(*) FROM delivery WHERE state <> 'CONSUMED'";
@@ -97,12 +125,29 @@ async fn two_replicas_share_a_thousand_messages_a_second_and_send_none_twice() {
     })
     .await;
     db.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_replicas_share_a_thousand_messages_a_second_and_send_none_twice() {
+    let mut world = world();
+    let (first, first_url) = world.proxied_rabbitmq().await;
+    let (second, second_url) = world.proxied_rabbitmq().await;
+    let environment = &mut world.service_environment;
+    environment.insert("HANDFAST_BROKER".to_owned(), first_url);
+    world.start(Party::Service).await;
+    let arguments = ["--broker", &second_url];
+    world.start_replica_with(REPLICA, &arguments).await;
+
+    let (began, over) = (Instant::now(), CancellationToken::new());
+    let reading = consume(&world, began, &over).await;
+    let published = load(world.replicated_url(), began, 1_000, MINUTE).await;
+    all_is_consumed(&world).await;
     over.cancel();
-    for copies in reading.join_all().await {
-        let (all, distinct): (usize, usize) = (copies.values().sum(), copies.len());
+    for got in reading.join_all().await {
+        let (all, distinct) = (got.all(), got.copies.len());
+        eprintln!("{all} copies of {distinct} messages");
         assert_eq!(distinct, published);
         let too_many = (all - distinct) as f64 / distinct as f64;
-        eprintln!("{all} copies of {distinct} messages");
         assert!(too_many < COPIES, "{all} copies of {distinct} messages");
     }
     let said = [&first, &second].map(|proxy| proxy.carried(Way::There) as f64);
@@ -110,4 +155,34 @@ async fn two_replicas_share_a_thousand_messages_a_second_and_send_none_twice() {
     eprintln!("shares: {share:?} of {said:?} bytes");
     assert!(said.iter().sum::<f64>() > (2 * published * PAYLOAD) as f64);
     assert!(share.iter().all(|share| *share >= SHARE), "{share:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_under_load_fails_no_call_and_delays_nothing() {
+    const TIME: Duration = Duration::from_secs(20);
+    let mut world = world();
+    world.start(Party::Service).await;
+    world.start_replica(REPLICA).await;
+    let (began, over) = (Instant::now(), CancellationToken::new());
+    let reading = consume(&world, began, &over).await;
+    let loading = tokio::spawn(load(world.replicated_url(), began, 500, TIME));
+    let mut restarts = 0;
+    while began.elapsed() < TIME * 3 / 4 {
+        world.stop(Party::Service).await;
+        world.start(Party::Service).await;
+        world.stop_process(REPLICA).await;
+        world.start_replica(REPLICA).await;
+        restarts += 1;
+    }
+    let published = loading.await.unwrap();
+    all_is_consumed(&world).await;
+    over.cancel();
+    assert!(restarts >= 2, "{restarts} rolling restarts");
+    for mut got in reading.join_all().await {
+        let (all, distinct) = (got.all(), got.copies.len());
+        let slowest = got.slowest_of_a_hundred();
+        eprintln!("{restarts} restarts, {all} copies of {distinct}, p99 {slowest:?}");
+        assert_eq!(distinct, published);
+        assert!(slowest < SLOWEST, "{slowest:?}");
+    }
 }
