@@ -81,10 +81,15 @@ impl Got {
     }
 }
 
-/// Takes and answers everything for both, until nothing comes and it is over.
-async fn consume(world: &World, began: Instant, over: &CancellationToken) -> JoinSet<Got> {
+/// Takes and answers everything for these, until nothing comes and it is over.
+async fn consume(
+    world: &World,
+    subscriptions: &[&str],
+    began: Instant,
+    over: &CancellationToken,
+) -> JoinSet<Got> {
     let mut reading = JoinSet::new();
-    for subscription in SUBSCRIPTIONS {
+    for subscription in subscriptions {
         let mut queue = world.queue_consumer(subscription).await;
         let over = over.clone();
         reading.spawn(async move {
@@ -139,7 +144,7 @@ async fn two_replicas_share_a_thousand_messages_a_second_and_send_none_twice() {
     world.start_replica_with(REPLICA, &arguments).await;
 
     let (began, over) = (Instant::now(), CancellationToken::new());
-    let reading = consume(&world, began, &over).await;
+    let reading = consume(&world, &SUBSCRIPTIONS, began, &over).await;
     let published = load(world.replicated_url(), began, 1_000, MINUTE).await;
     all_is_consumed(&world).await;
     over.cancel();
@@ -164,7 +169,7 @@ async fn a_rolling_restart_under_load_fails_no_call_and_delays_nothing() {
     world.start(Party::Service).await;
     world.start_replica(REPLICA).await;
     let (began, over) = (Instant::now(), CancellationToken::new());
-    let reading = consume(&world, began, &over).await;
+    let reading = consume(&world, &SUBSCRIPTIONS, began, &over).await;
     let loading = tokio::spawn(load(world.replicated_url(), began, 500, TIME));
     let mut restarts = 0;
     while began.elapsed() < TIME * 3 / 4 {
@@ -185,4 +190,68 @@ async fn a_rolling_restart_under_load_fails_no_call_and_delays_nothing() {
         assert_eq!(distinct, published);
         assert!(slowest < SLOWEST, "{slowest:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_that_comes_gets_everything_and_one_that_goes_leaves_nothing_open() {
+    const TIME: Duration = Duration::from_secs(15);
+    let mut world = world();
+    world.start(Party::Service).await;
+    world.start_replica(REPLICA).await;
+    let (began, over) = (Instant::now(), CancellationToken::new());
+    let reading = consume(&world, &SUBSCRIPTIONS, began, &over).await;
+    let loading = tokio::spawn(load(world.replicated_url(), began, 300, TIME));
+    let db = world.database("service").await;
+    let some = "SELECT count(*) FROM delivery WHERE subscription = 'right' AND state = 'CONSUMED'";
+    eventually("the load is there", DRAIN, async || {
+        let consumed = number(&db, some).await;
+        (consumed > 500)
+            .then_some(())
+            .ok_or_else(|| consumed.to_string())
+    })
+    .await;
+
+    world.config = Config::with_usual_timers()
+        .publisher("source")
+        .topic(TOPIC)
+        .usual_subscription("left", TOPIC)
+        .usual_subscription("newcomer", TOPIC);
+    world.config.version = 2;
+    world.stop(Party::Service).await;
+    world.start(Party::Service).await;
+    let now = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)";
+    let active = number(&db, now).await;
+    let newcomer = consume(&world, &["newcomer"], began, &over).await;
+    world.stop_process(REPLICA).await;
+    world.start_replica(REPLICA).await;
+    let published = loading.await.unwrap();
+
+    let open = "SELECT count(*) FROM delivery WHERE state IN ('PENDING', 'SENT')";
+    eventually("nothing is open", DRAIN, async || {
+        let open = number(&db, open).await;
+        (open == 0).then_some(()).ok_or_else(|| open.to_string())
+    })
+    .await;
+    over.cancel();
+    let confirmed = format!(
+        "FROM message m WHERE m.decided_at > to_timestamp({active} / 1000000.0) AND NOT EXISTS (
+            SELECT FROM delivery d WHERE d.message_id = m.id AND d.subscription = 'newcomer')"
+    );
+    let missed = number(&db, &format!("SELECT count(*) {confirmed}")).await;
+    assert_eq!(missed, 0, "confirmed after it became active");
+    let of = |what: &str| format!("SELECT count(*) FROM delivery WHERE subscription = {what}");
+    let created = number(&db, &of("'newcomer'")).await;
+    assert!(created > 500, "{created} came for the newcomer");
+    let lost = of("'newcomer' AND state <> 'CONSUMED'");
+    assert_eq!(number(&db, &lost).await, 0);
+    let of_right = of("'right' AND state NOT IN ('CONSUMED', 'SKIPPED')");
+    assert_eq!(number(&db, &of_right).await, 0);
+    let of_left = of("'left' AND state = 'CONSUMED'");
+    assert_eq!(number(&db, &of_left).await as usize, published);
+    db.close().await;
+    let [got] = &newcomer.join_all().await[..] else {
+        panic!("one newcomer");
+    };
+    assert_eq!(got.copies.len(), usize::try_from(created).unwrap());
+    drop(reading.join_all().await);
 }
