@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use handfast_producer::{Message, Producer};
+use handfast_proto::v1::{Replica, ReplicasRequest};
 use handfast_tests::clients::orders;
 use handfast_tests::database::number;
 use handfast_tests::proxy::Way;
@@ -152,4 +153,65 @@ async fn what_a_frozen_replica_holds_is_taken_over_within_one_and_a_half_leases(
     let sound = "state = 'CONSUMED' AND generation = 2 AND attempts = 0 AND token IS NULL";
     assert_eq!(count(sound).await, HELD);
     db.close().await;
+}
+
+#[tokio::test]
+async fn the_console_lists_both_replicas_until_they_end() {
+    let config = Config::empty()
+        .publisher("source")
+        .topic("fact")
+        .subscription("sink", "fact");
+    let mut world = World::bare(Engines::Production, config);
+    world.start(Party::Service).await;
+    world.start_replica(REPLICA).await;
+    let mut console = world.console();
+    let mut replicas = async || {
+        let replicas = console.replicas(ReplicasRequest {}).await;
+        replicas.unwrap().into_inner().replicas
+    };
+    let [service, replica] = [world.service_url(), world.replica_url()]
+        .map(|url| url.trim_start_matches("http://").to_owned());
+    let mut first = Vec::new();
+    eventually("both are listed", SOON, async || {
+        first = replicas().await;
+        (first.len() == 2)
+            .then_some(())
+            .ok_or_else(|| format!("{first:?}"))
+    })
+    .await;
+    assert_eq!(
+        first.iter().map(|r| &r.address).collect::<Vec<_>>(),
+        [&service, &replica]
+    );
+    assert!(
+        first
+            .iter()
+            .all(|r| !r.version.is_empty() && r.started_at <= r.seen_at)
+    );
+
+    // It is frozen with what it holds, and seen no more, but not forgotten.
+    world.process(REPLICA).signal(Signal::SIGSTOP);
+    let seen = |all: &[Replica], address: &str| {
+        let found = all.iter().find(|r| r.address == address);
+        found.map(|r| r.seen_at)
+    };
+    let mut seen_of_replica = Vec::new();
+    // What it had said when it stopped may be written behind that, but not a second later.
+    for _ in 0..2 {
+        let before = replicas().await;
+        eventually("the other one is seen again", SOON, async || {
+            let now = replicas().await;
+            (seen(&now, &service) > seen(&before, &service))
+                .then_some(())
+                .ok_or_else(|| format!("{now:?}"))
+        })
+        .await;
+        seen_of_replica.push(seen(&replicas().await, &replica).unwrap());
+    }
+    assert_eq!(seen_of_replica[0], seen_of_replica[1]);
+    world.process(REPLICA).signal(Signal::SIGCONT);
+    world.stop_process(REPLICA).await;
+    let left = replicas().await;
+    assert_eq!(left.len(), 1, "who ends in good order says so");
+    assert_eq!(left[0].address, service);
 }
