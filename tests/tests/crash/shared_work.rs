@@ -41,8 +41,8 @@ fn world() -> World {
 /// succeed. The payload says when it was to be published.
 async fn load(urls: String, began: Instant, per_s: u32, time: Duration) -> usize {
     let producer = Producer::connect(urls, "source").await;
-    let producer = producer.unwrap();
-    let all = per_s as usize * usize::try_from(time.as_secs()).unwrap();
+    let producer = producer.expect("two addresses");
+    let all = per_s as usize * usize::try_from(time.as_secs()).expect("some seconds");
     let mut pace = tokio::time::interval(Duration::from_millis(10));
     let mut calls = JoinSet::new();
     for _ in 0..all / (per_s as usize / 100) {
@@ -54,11 +54,12 @@ async fn load(urls: String, began: Instant, per_s: u32, time: Duration) -> usize
             calls.spawn(async move { producer.publish(&message).await });
         }
         while let Some(done) = calls.try_join_next() {
-            done.unwrap().unwrap();
+            let published = done.expect("no panic");
+            published.expect("a publish succeeds");
         }
     }
     for done in calls.join_all().await {
-        done.unwrap();
+        done.expect("a publish succeeds");
     }
     all
 }
@@ -108,7 +109,7 @@ async fn consume(
                     *copies += 1;
                     if *copies == 1 {
                         let said = String::from_utf8_lossy(&fact.payload);
-                        let sent = Duration::from_micros(said.trim().parse().unwrap());
+                        let sent = Duration::from_micros(said.trim().parse().expect("a time"));
                         got.took.push(now - sent);
                     }
                 }
