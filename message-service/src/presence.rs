@@ -15,6 +15,7 @@ use uuid::Uuid;
 use crate::answered::Answered;
 use crate::broker::Broker;
 use crate::checker::Checker;
+use crate::message::Timestamp;
 use crate::pass::{self, Next, Pace};
 use crate::store::{self, Store};
 use crate::topology::Snapshot;
@@ -35,6 +36,8 @@ pub struct Identity {
     pub seed: u64,
 }
 
+type Told = HashMap<String, (u64, Option<Timestamp>)>;
+
 /// Speaks for this process.
 pub struct Presence {
     store: Arc<dyn Store>,
@@ -43,8 +46,8 @@ pub struct Presence {
     answered: Arc<Answered>,
     topology: Arc<Snapshot>,
     identity: Identity,
-    /// By subscription, how many arrivals of answers the others know of.
-    told: Mutex<HashMap<String, u64>>,
+    /// By subscription, what the others know: how many arrivals of answers, and the mark.
+    told: Mutex<Told>,
 }
 
 impl Presence {
@@ -83,7 +86,7 @@ impl Presence {
         let mut answered = Vec::new();
         let told = self.told().clone();
         for (name, arrivals, through) in &all {
-            if told.get(name) != Some(arrivals) && *arrivals > 0 {
+            if *arrivals > 0 && told.get(name) != Some(&(*arrivals, *through)) {
                 answered.push((name.clone(), *through));
             }
         }
@@ -100,7 +103,7 @@ impl Presence {
             .await?;
         *self.told() = all
             .into_iter()
-            .map(|(name, arrivals, _)| (name, arrivals))
+            .map(|(name, arrivals, through)| (name, (arrivals, through)))
             .collect();
         let (topology, now) = (self.topology.get(), self.store.now());
         for (name, through, _) in &heard.answered {
@@ -121,7 +124,7 @@ impl Presence {
         }
     }
 
-    fn told(&self) -> std::sync::MutexGuard<'_, HashMap<String, u64>> {
+    fn told(&self) -> std::sync::MutexGuard<'_, Told> {
         // A panic while the lock is held leaves a whole map.
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -36,9 +36,15 @@ pub struct Permit {
 impl Permit {
     /// Permits nothing.
     pub fn none() -> Self {
+        Self::none_at(Duration::ZERO)
+    }
+
+    /// Permits nothing to a confirm that is asked for at this monotonic time. It may be joined
+    /// with others that have permits, and then get some of what those may lease.
+    pub fn none_at(now: Duration) -> Self {
         Self {
             handoff: Handoff::none(),
-            leased_at: Duration::ZERO,
+            leased_at: now,
             of: None,
         }
     }
@@ -90,7 +96,7 @@ impl Handoffs {
     ) -> Permit {
         let mut state = self.lock();
         if state.closed || state.bytes >= MOST_BYTES {
-            return Permit::none();
+            return Permit::none_at(now);
         }
         let mut permitted = BTreeMap::new();
         for (name, room) in room {

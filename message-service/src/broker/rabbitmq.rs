@@ -342,6 +342,9 @@ impl RabbitMq {
         {
             tracing::warn!("some messages are still under way to RabbitMQ; they are sent again");
         }
+        // Whatever held up the lane that does this.
+        let waiting = self.handoffs.close();
+        let _ = tokio::time::timeout(LAST, self.give_up(waiting)).await;
         self.close().await;
     }
 
@@ -405,10 +408,10 @@ impl Broker for RabbitMq {
     }
 
     fn permit(&self, messages: usize) -> Permit {
-        if !self.publishing.is_up() || self.draining.is_cancelled() {
-            return Permit::none();
-        }
         let now = self.clock.monotonic();
+        if !self.publishing.is_up() || self.draining.is_cancelled() {
+            return Permit::none_at(now);
+        }
         let rooms = self.queues.rooms();
         (self.handoffs).permit(messages, self.settings.lease, now, rooms)
     }

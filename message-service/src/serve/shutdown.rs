@@ -26,7 +26,7 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
 impl Running {
-    /// Serves until `stop` is cancelled, then ends within `shutdown_deadline` and at most 5 s
+    /// Serves until `stop` is cancelled, then ends within `shutdown_deadline` and at most 6 s
     /// more for the store. An end that had to cut calls off is logged, and is success too.
     pub async fn until(mut self, stop: CancellationToken) -> Result<(), Error> {
         tokio::select! {

@@ -61,6 +61,8 @@ pub struct PostgresStore {
     lanes: Lanes,
     /// For calls of producers and for passes.
     readers: Readers,
+    /// For what is about to be sent: nobody else is to hold that up.
+    bodies: Readers,
     /// For people: what they look at may be large, and nobody else is to wait for it.
     people: Readers,
     clock: Arc<StoreClock>,
@@ -218,7 +220,7 @@ impl Store for PostgresStore {
 
     async fn load(&self, handed: Vec<Handed>) -> Result<Vec<Option<DeliveryClaim>>, Error> {
         let handed = Arc::new(handed);
-        self.readers
+        self.bodies
             .read("read bodies", move |db| {
                 let handed = Arc::clone(&handed);
                 Box::pin(async move { handoff::load(db, &handed).await })
@@ -392,7 +394,11 @@ impl Store for PostgresStore {
             lanes.retire.close(),
             lanes.announce.close(),
         );
-        tokio::join!(self.readers.close(), self.people.close());
+        tokio::join!(
+            self.readers.close(),
+            self.bodies.close(),
+            self.people.close()
+        );
         self.watch.abort();
     }
 }

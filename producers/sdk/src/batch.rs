@@ -138,7 +138,10 @@ struct Sender<V: Verb> {
 impl<V: Verb> Sender<V> {
     async fn run(self) {
         loop {
-            self.endpoints.until(self.number, true).await;
+            tokio::select! {
+                () = self.endpoints.until(self.number, true) => {}
+                () = self.endpoints.stop.cancelled() => return,
+            }
             // Waiting for the lock is waiting for a turn: it is given in order.
             let batch = async { self.queued.lock().await.batch().await };
             let batch = tokio::select! {
@@ -156,17 +159,29 @@ impl<V: Verb> Sender<V> {
     }
 
     async fn send(&self, batch: Vec<Waiting<V>>) {
-        let refusal = match self.call(&batch).await {
+        let (refusal, _) = match self.call(&batch).await {
             Ok(results) => return hand_out(batch, results),
-            Err(refusal) => refusal,
+            Err(failed) => failed,
         };
         // One malformed item must not refuse its neighbours: each goes on its own.
         if batch.len() > 1 && matches!(refusal.code, Code::InvalidArgument | Code::OutOfRange) {
+            let mut gone = None;
             for waiting in batch {
+                if waiting.reply.is_closed() {
+                    continue;
+                }
                 let alone = vec![waiting];
+                if let Some(refusal) = &gone {
+                    refuse(alone, refusal);
+                    continue;
+                }
                 match self.call(&alone).await {
                     Ok(results) => hand_out(alone, results),
-                    Err(refusal) => refuse(alone, &refusal),
+                    Err((refusal, is_away)) => {
+                        refuse(alone, &refusal);
+                        // The others are repeated elsewhere.
+                        gone = is_away.then_some(refusal);
+                    }
                 }
             }
             return;
@@ -174,19 +189,23 @@ impl<V: Verb> Sender<V> {
         refuse(batch, &refusal);
     }
 
-    async fn call(&self, batch: &[Waiting<V>]) -> Result<Answered<V::Reply>, Refusal> {
+    /// The refusal says, too, whether the address is out of turn because of it.
+    async fn call(&self, batch: &[Waiting<V>]) -> Result<Answered<V::Reply>, (Refusal, bool)> {
         let items = batch.iter().map(|waiting| waiting.item.clone()).collect();
         let client = self.endpoints.all[self.number].clone();
         let call = V::call(client, self.producer.clone(), items);
         let failure = match timeout(CALL_TIMEOUT, call).await {
-            Ok(Ok(results)) => return Ok(results),
+            Ok(Ok(results)) => {
+                self.endpoints.worked(self.number);
+                return Ok(results);
+            }
             Ok(Err(status)) => status,
             Err(_) => {
                 Status::deadline_exceeded(format!("no answer in {} ms", CALL_TIMEOUT.as_millis()))
             }
         };
-        self.endpoints.note(self.number, &failure);
-        Err(Refusal::from_call(&failure))
+        let is_away = self.endpoints.failed(self.number, &failure);
+        Err((Refusal::from_call(&failure), is_away))
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use handfast_proto::v1::{MessageStatus, NewMessage};
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::DropGuard;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 use uuid::Uuid;
@@ -40,6 +41,8 @@ pub(crate) struct Shared {
     /// Commits, confirms and cancels that go on though their caller may be gone.
     pub(crate) tasks: TaskTracker,
     pub(crate) fences: KnownFences,
+    /// Ends everything that sends when the last clone is gone.
+    _stop: DropGuard,
 }
 
 impl Producer {
@@ -64,7 +67,7 @@ impl Producer {
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             return Err(ConnectError::Name { name });
         }
-        let endpoints = Endpoints::read(&urls)?;
+        let (endpoints, stop) = Endpoints::read(&urls)?;
         let shared = Shared {
             prepare: Lane::start(&endpoints, &name),
             publish: Lane::start(&endpoints, &name),
@@ -73,6 +76,7 @@ impl Producer {
             get: Lane::start(&endpoints, &name),
             tasks: TaskTracker::new(),
             fences: KnownFences::default(),
+            _stop: stop,
             name,
         };
         Ok(Self {

@@ -32,16 +32,23 @@ const MAX_ENDPOINTS: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Endpoints {
     pub(crate) all: Vec<MessagesClient<Channel>>,
-    /// Which of them are in turn.
-    in_turn: watch::Sender<Vec<bool>>,
-    /// Ends the questions whether they are serving.
-    _stop: DropGuard,
+    turns: watch::Sender<Vec<Turn>>,
+    /// Cancelled when the producer is gone.
+    pub(crate) stop: CancellationToken,
+}
+
+/// What is known of one address.
+#[derive(Clone, Copy, Debug)]
+struct Turn {
+    in_turn: bool,
+    /// A call has succeeded since it was last out of turn.
+    worked: bool,
 }
 
 impl Endpoints {
     /// Reads addresses that are separated by commas. Connections are made when they are first
-    /// needed, and whenever they were lost.
-    pub(crate) fn read(urls: &str) -> Result<Arc<Self>, ConnectError> {
+    /// needed, and whenever they were lost. All of it ends when the guard is dropped.
+    pub(crate) fn read(urls: &str) -> Result<(Arc<Self>, DropGuard), ConnectError> {
         let mut known: Vec<&str> = Vec::new();
         for url in urls.split(',').map(str::trim) {
             if !known.contains(&url) {
@@ -53,46 +60,64 @@ impl Endpoints {
         }
         let channels = known.into_iter().map(channel);
         let channels = channels.collect::<Result<Vec<_>, _>>()?;
-        let in_turn = watch::Sender::new(vec![true; channels.len()]);
+        let new = Turn {
+            in_turn: true,
+            worked: true,
+        };
+        let turns = watch::Sender::new(vec![new; channels.len()]);
         let stop = CancellationToken::new();
         if channels.len() > 1 {
             for (number, channel) in channels.iter().cloned().enumerate() {
-                let (in_turn, stop) = (in_turn.clone(), stop.clone());
+                let (turns, stop) = (turns.clone(), stop.clone());
                 tokio::spawn(async move {
-                    let asking = bring_back(in_turn, number, channel);
+                    let asking = bring_back(turns, number, channel);
                     stop.run_until_cancelled(asking).await
                 });
             }
         }
-        Ok(Arc::new(Self {
+        let endpoints = Self {
             all: channels.into_iter().map(MessagesClient::new).collect(),
-            in_turn,
-            _stop: stop.drop_guard(),
-        }))
+            turns,
+            stop: stop.clone(),
+        };
+        Ok((Arc::new(endpoints), stop.drop_guard()))
     }
 
     /// Waits until this address may be sent to, or `false` if it may not be any more.
     pub(crate) async fn until(&self, number: usize, may: bool) {
-        let mut in_turn = self.in_turn.subscribe();
+        let mut turns = self.turns.subscribe();
         // Fails only if the sender is gone, and that is `self`.
-        drop(in_turn.wait_for(|all| is_sent_to(all, number) == may).await);
+        drop(turns.wait_for(|all| is_sent_to(all, number) == may).await);
     }
 
-    /// A call there ended like this.
-    pub(crate) fn note(&self, number: usize, failure: &Status) {
+    /// A call there succeeded, so it is in turn whatever was thought of it.
+    pub(crate) fn worked(&self, number: usize) {
+        self.turns.send_if_modified(|all| {
+            all[number].worked = true;
+            !std::mem::replace(&mut all[number].in_turn, true)
+        });
+    }
+
+    /// A call there ended like this. True if the address is out of turn because of it.
+    pub(crate) fn failed(&self, number: usize, failure: &Status) -> bool {
         let away = matches!(
             failure.code(),
-            Code::Unavailable | Code::DeadlineExceeded | Code::Unknown | Code::Cancelled
+            Code::Unavailable
+                | Code::DeadlineExceeded
+                | Code::Unknown
+                | Code::Cancelled
+                | Code::Internal
         );
         if away {
-            self.in_turn
-                .send_if_modified(|all| std::mem::replace(&mut all[number], false));
+            self.turns
+                .send_if_modified(|all| std::mem::replace(&mut all[number].in_turn, false));
         }
+        away
     }
 }
 
-fn is_sent_to(in_turn: &[bool], number: usize) -> bool {
-    in_turn[number] || !in_turn.contains(&true)
+fn is_sent_to(turns: &[Turn], number: usize) -> bool {
+    turns[number].in_turn || turns.iter().all(|turn| !turn.in_turn)
 }
 
 fn channel(url: &str) -> Result<Channel, ConnectError> {
@@ -109,21 +134,28 @@ fn channel(url: &str) -> Result<Channel, ConnectError> {
         .connect_lazy())
 }
 
-/// Asks an address that is out of turn whether it is serving, until it is.
-async fn bring_back(in_turn: watch::Sender<Vec<bool>>, number: usize, channel: Channel) {
+/// Asks an address that is out of turn whether it is serving, until it is. One that says so
+/// and fails all the same is asked less and less often.
+async fn bring_back(turns: watch::Sender<Vec<Turn>>, number: usize, channel: Channel) {
     let mut health = HealthClient::new(channel);
-    let mut changes = in_turn.subscribe();
+    let mut changes = turns.subscribe();
+    let mut pace = Pace::new(Uuid::now_v7());
     loop {
         // Fails only if the sender is gone, and that is here.
-        drop(changes.wait_for(|all| !all[number]).await);
-        let mut pace = Pace::new(Uuid::now_v7());
+        drop(changes.wait_for(|all| !all[number].in_turn).await);
+        turns.send_if_modified(|all| {
+            if std::mem::replace(&mut all[number].worked, false) {
+                pace = Pace::new(Uuid::now_v7());
+            }
+            false
+        });
         loop {
             sleep(pace.next()).await;
             if is_serving(&mut health).await {
                 break;
             }
         }
-        in_turn.send_modify(|all| all[number] = true);
+        turns.send_if_modified(|all| !std::mem::replace(&mut all[number].in_turn, true));
     }
 }
 

@@ -1,7 +1,9 @@
 //! A process is killed at every durable step there is, while two message services share the work:
 //! nothing is lost, invented or done twice, and the other one goes on.
 //!
-//! The list of points is the program's own; what the usual load does not reach is named here.
+//! The list of points is the program's own; what the usual load does not reach is named here. A
+//! claim is passed also when it finds nothing: that one dies with something claimed, and what
+//! becomes of it, is shown in `every_point`.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;

@@ -101,6 +101,18 @@ async fn what_a_frozen_replica_holds_is_taken_over_within_one_and_a_half_leases(
     producer.publish(&Message::new("fact")).await.unwrap();
     let (first, tag) = sink.next().await;
     sink.consumed(&first, tag).await;
+    let db = world.database("service").await;
+    let count = async |what: &str| {
+        let count = format!("SELECT count(*) FROM delivery WHERE {what}");
+        number(&db, &count).await
+    };
+    eventually("the first is consumed", SOON, async || {
+        let consumed = count("state = 'CONSUMED'").await;
+        (consumed == 1)
+            .then_some(())
+            .ok_or_else(|| "it is not".to_owned())
+    })
+    .await;
 
     // The replica can send nothing, so what it has leased it still holds when it stops.
     link.swallows(Way::There, true);
@@ -109,11 +121,6 @@ async fn what_a_frozen_replica_holds_is_taken_over_within_one_and_a_half_leases(
     }
     world.process(REPLICA).signal(Signal::SIGSTOP);
     let frozen = Instant::now();
-    let db = world.database("service").await;
-    let count = async |what: &str| {
-        let count = format!("SELECT count(*) FROM delivery WHERE {what}");
-        number(&db, &count).await
-    };
     assert_eq!(count("state = 'PENDING' AND token IS NOT NULL").await, HELD);
     eventually("something is taken over", SOON, async || {
         let taken_over = count("generation > 1").await;

@@ -84,7 +84,8 @@ impl Running {
                 gathered = self.gather().await;
             }
             if gathered.batches.is_empty() {
-                if self.wait(gathered.next_due_in).await {
+                let handed_waits = self.pace == Pace::Fresh && self.rabbit.handoffs.turns() > 0;
+                if handed_waits || self.wait(gathered.next_due_in).await {
                     continue;
                 }
                 break;
@@ -204,11 +205,13 @@ impl Running {
     async fn take_handed(&mut self, bytes: &mut usize) -> BTreeMap<String, Vec<Loaded>> {
         let rabbit = Arc::clone(&self.rabbit);
         let (mut sent, mut unsent) = (Vec::new(), Vec::new());
-        for _ in 0..rabbit.handoffs.turns().min(CHANNELS) {
-            if *bytes == 0 {
+        // Half of what there is, so that what has to be claimed has its turn, too.
+        let mut handed_bytes = *bytes / 2;
+        for _ in 0..rabbit.handoffs.turns().min(CHANNELS / 2) {
+            if handed_bytes == 0 {
                 break;
             }
-            let Some((subscription, mut leased)) = rabbit.handoffs.take(BATCH, *bytes) else {
+            let Some((subscription, mut leased)) = rabbit.handoffs.take(BATCH, handed_bytes) else {
                 break;
             };
             let mut room = 0;
@@ -217,6 +220,7 @@ impl Running {
             }
             unsent.extend(leased.split_off(room));
             let taken: usize = leased.iter().map(|one| one.handed.body_bytes).sum();
+            handed_bytes = handed_bytes.saturating_sub(taken);
             *bytes = bytes.saturating_sub(taken);
             sent.extend(leased);
         }

@@ -64,7 +64,7 @@ impl RabbitMq {
         match declare::look(opened, &answers).await {
             Ok(Some(seen)) => {
                 self.answers_waiting(seen.waiting);
-                self.queues.shared_by(seen.consumers);
+                (self.queues).shared_by(seen.consumers, self.clock.monotonic());
             }
             Ok(None) => {
                 let made = declare::acknowledge(opened, &answers).await;

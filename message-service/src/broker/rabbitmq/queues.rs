@@ -129,6 +129,17 @@ struct State {
     announced: u32,
 }
 
+impl State {
+    /// While one takes answers and does not say which, nobody knows who is silent.
+    fn forget_silence(&mut self, now: Duration) {
+        if self.processes > self.announced.max(1) {
+            for queue in self.queues.values_mut() {
+                queue.answered_at = Some(now);
+            }
+        }
+    }
+}
+
 impl Queues {
     /// Follows the topology, and returns the names that are gone.
     pub(super) fn follow(&self, topology: &Topology) -> Vec<String> {
@@ -167,8 +178,10 @@ impl Queues {
     }
 
     /// So many processes take answers, this one included.
-    pub(super) fn shared_by(&self, processes: u32) {
-        self.lock().processes = processes;
+    pub(super) fn shared_by(&self, processes: u32, now: Duration) {
+        let mut state = self.lock();
+        state.processes = processes;
+        state.forget_silence(now);
     }
 
     /// Deliveries on these topics became due.
@@ -298,6 +311,7 @@ impl Queues {
                 queue.answered_at = queue.answered_at.max(now.checked_sub(*ago));
             }
         }
+        state.forget_silence(now);
     }
 
     /// Messages that are on their way.
@@ -395,15 +409,13 @@ impl Queues {
         // is not open.
         let looked = queue.health == Health::Open && now.saturating_sub(queue.seen_at) < EMPTY_FOR;
         // What other processes have taken and not written is not seen from here. What they have
-        // heard of a subscription is, if each of them says so.
-        let shared = state.processes > 1;
-        let unheard = shared && state.processes > state.announced;
+        // heard of a subscription is, and silence begins anew whenever one of them says nothing.
+        let shared = state.processes.max(state.announced) > 1;
         let empty_for = if shared { SHARED_EMPTY_FOR } else { EMPTY_FOR };
         let empty = queue
             .empty_since
             .is_some_and(|since| now.saturating_sub(since) >= empty_for);
-        let silent = !unheard
-            && sent_ago >= silence
+        let silent = sent_ago >= silence
             && queue
                 .answered_at
                 .is_some_and(|at| now.saturating_sub(at) >= silence);
@@ -571,39 +583,55 @@ mod tests {
             let waiting = 0;
             queues.seen("a", Seen { waiting, consumers }, now);
         };
-        queues.shared_by(2);
-        see(1, SECOND);
-        see(1, 100 * SECOND);
-        assert!(!gone(100 * SECOND), "others may have had its answers");
         let heard = |alive, ago| Heard {
             alive,
             answered: vec![("a".to_owned(), None, ago)],
         };
-        queues.heard(&heard(2, 200 * SECOND), 100 * SECOND);
-        assert!(gone(100 * SECOND), "all of them say that they had none");
+        let away = 1_000 * SECOND;
+        queues.shared_by(2, SECOND);
+        queues.heard(&heard(2, away), SECOND);
+        see(1, SECOND);
+        see(1, 100 * SECOND);
+        assert!(
+            gone(100 * SECOND),
+            "all of them say that they had no answer"
+        );
         queues.heard(&heard(2, 20 * SECOND), 100 * SECOND);
         assert!(!gone(100 * SECOND), "one of them had");
-        assert!(!gone(101 * SECOND));
         see(1, 171 * SECOND);
         assert!(gone(171 * SECOND));
-        queues.heard(&heard(1, 91 * SECOND), 171 * SECOND);
+        queues.heard(&heard(1, away), 171 * SECOND);
         assert!(!gone(171 * SECOND), "one of them says nothing");
-        queues.shared_by(1);
-        assert!(gone(171 * SECOND));
+        queues.heard(&heard(2, away), 172 * SECOND);
+        see(1, 200 * SECOND);
+        assert!(!gone(200 * SECOND), "what it had then is not known");
+        see(1, 261 * SECOND);
+        assert!(gone(261 * SECOND));
+        queues.shared_by(3, 261 * SECOND);
+        assert!(!gone(261 * SECOND), "the third has said nothing yet");
+
+        queues.shared_by(1, 262 * SECOND);
+        queues.heard(&heard(1, away), 262 * SECOND);
         queues.landed("a", 1, 1);
-        see(0, 172 * SECOND);
-        see(0, 180 * SECOND);
-        assert!(gone(180 * SECOND));
-        queues.shared_by(2);
-        assert!(!gone(180 * SECOND), "others may hold its answers");
-        see(0, 202 * SECOND);
-        assert!(gone(202 * SECOND));
+        see(0, 272 * SECOND);
+        see(0, 280 * SECOND);
+        assert!(gone(280 * SECOND));
+        queues.shared_by(2, 280 * SECOND);
+        assert!(!gone(280 * SECOND), "others may hold its answers");
+        queues.shared_by(1, 280 * SECOND);
+        queues.heard(&heard(2, away), 280 * SECOND);
+        assert!(
+            !gone(280 * SECOND),
+            "and those that take none at the moment"
+        );
+        see(0, 302 * SECOND);
+        assert!(gone(302 * SECOND));
     }
 
     #[test]
     fn several_processes_share_the_room() {
         let queues = queues(&["b"]);
-        queues.shared_by(2);
+        queues.shared_by(2, SECOND);
         assert_eq!(queues.reserve("b", 20), 3);
         queues.landed("b", 3, 3);
         assert_eq!(queues.reserve("b", 20), 0, "the others have the rest");

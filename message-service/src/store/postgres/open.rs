@@ -232,11 +232,13 @@ impl PostgresStore {
         };
         let readers = |number| Readers::new(Arc::clone(&options), number, Arc::clone(&repeats));
         let people = readers(address.readers.min(PEOPLE));
+        let bodies = readers(1);
         let readers = readers(address.readers);
         let watch = tokio::spawn(watch(Arc::clone(&clock), session(Use::Read)));
         Self {
             lanes,
             readers,
+            bodies,
             people,
             clock,
             identity,
