@@ -50,7 +50,7 @@ fn document(file: &Path) -> Document {
     let inline = text.split('`').skip(1).step_by(2);
     commands.extend(
         inline
-            .filter(|code| code.starts_with("handfast ") && !code.contains("serve --config"))
+            .filter(|code| code.starts_with("handfast ") && !code.starts_with("handfast serve"))
             .filter(|code| !code.contains("URL"))
             .map(str::to_owned),
     );
