@@ -50,7 +50,8 @@ fn document(file: &Path) -> Document {
     let inline = text.split('`').skip(1).step_by(2);
     commands.extend(
         inline
-            .filter(|code| code.starts_with("handfast ") && !code.starts_with("handfast serve"))
+            .filter(|code| code.starts_with("handfast "))
+            .filter(|code| !code.starts_with("handfast serve") || code.contains("--help"))
             .filter(|code| !code.contains("URL"))
             .map(str::to_owned),
     );
