@@ -19,7 +19,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus}
 use crate::books::Books;
 use crate::clients::{Payments, Raw};
 use crate::config::{Config, STEP_MS};
-use crate::database::Database;
+use crate::database::{Database, number};
 use crate::home::{Engines, Home, Servers};
 use crate::process::Process;
 use crate::proxy::Proxy;
@@ -539,6 +539,20 @@ impl World {
     pub fn rabbitmq(&self) -> (String, String) {
         let production = self.home.production().expect("a world with RabbitMQ");
         (production.amqp.clone(), production.deployment())
+    }
+
+    /// Waits until every delivery is CONSUMED, without reading what there is of them.
+    pub async fn until_all_consumed(&self, within: Duration) {
+        let db = self.database("service").await;
+        eventually("everything is consumed", within, async || {
+            let open = "SELECT count(*) FROM delivery WHERE state <> 'CONSUMED'";
+            let open = number(&db, open).await;
+            (open == 0)
+                .then_some(())
+                .ok_or_else(|| format!("{open} are not"))
+        })
+        .await;
+        db.close().await;
     }
 
     /// What all databases say now.

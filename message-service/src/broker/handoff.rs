@@ -100,12 +100,12 @@ impl Handoffs {
         }
         let mut permitted = BTreeMap::new();
         for (name, room) in room {
-            let share = state.shares.entry(name.clone()).or_default();
-            let taken = share.permitted + share.waiting.len();
+            let taken = |share: &Share| share.permitted + share.waiting.len();
+            let taken = state.shares.get(&name).map_or(0, taken);
             let most = MOST.min(usize::try_from(room).unwrap_or(MOST));
             let granted = most.saturating_sub(taken).min(messages);
             if granted > 0 {
-                share.permitted += granted;
+                state.shares.entry(name.clone()).or_default().permitted += granted;
                 permitted.insert(name, granted);
             }
         }

@@ -5,14 +5,14 @@
 //! claim is passed also when it finds nothing: that one dies with something claimed, and what
 //! becomes of it, is shown in `every_point`.
 
-use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use futures_util::{FutureExt as _, StreamExt as _, stream};
 use handfast_fail_points::Point;
 use handfast_tests::clients::{Payments, Raw, message, orders};
 use handfast_tests::{Engines, Floor, Party, World};
+
+use crate::every_point::at_each;
 
 /// Worlds that are broken at the same time.
 const WORLDS: usize = 3;
@@ -26,23 +26,7 @@ async fn a_process_may_die_at_every_durable_step_beside_another_replica() {
     // What only streams of the service pass: they need the embedded broker, which has one process.
     let reached = |point: &&Point| **point != Point::DELIVER_AFTER_WRITE;
     let points: Vec<_> = Point::ALL.iter().filter(reached).copied().collect();
-    let ends: Vec<_> = stream::iter(points)
-        .map(|point| async move {
-            let end = AssertUnwindSafe(dies_at(point)).catch_unwind();
-            (point, end.await)
-        })
-        .buffer_unordered(WORLDS)
-        .collect()
-        .await;
-    let failed: Vec<_> = ends
-        .into_iter()
-        .filter(|(_, end)| end.is_err())
-        .map(|(point, _)| point.name())
-        .collect();
-    assert!(
-        failed.is_empty(),
-        "what failed is printed above: {failed:?}"
-    );
+    at_each(points, WORLDS, dies_at).await;
 }
 
 /// Who passes the point.

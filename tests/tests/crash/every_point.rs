@@ -50,13 +50,23 @@ fn only_on(point: Point) -> Option<Engines> {
 async fn a_process_may_die_at_every_durable_step(engines: Engines) {
     let reached = |point: &Point| only_on(*point).is_none_or(|only| only == engines);
     let points: Vec<_> = Point::ALL.iter().copied().filter(reached).collect();
+    at_each(points, WORLDS, |point| dies_at(engines, point)).await;
+}
+
+/// Runs something at each point, in so many worlds at the same time, and fails with the names of
+/// all points at which it failed.
+pub(crate) async fn at_each<F: Future<Output = ()>>(
+    points: Vec<Point>,
+    worlds: usize,
+    dies_at: impl Fn(Point) -> F,
+) {
     let expected = points.len();
     let ends: Vec<_> = stream::iter(points)
-        .map(|point| async move {
-            let end = AssertUnwindSafe(dies_at(engines, point)).catch_unwind();
-            (point, end.await)
+        .map(|point| {
+            let end = AssertUnwindSafe(dies_at(point)).catch_unwind();
+            async move { (point, end.await) }
         })
-        .buffer_unordered(WORLDS)
+        .buffer_unordered(worlds)
         .collect()
         .await;
     assert_eq!(ends.len(), expected);

@@ -120,19 +120,6 @@ async fn consume(
     reading
 }
 
-async fn all_is_consumed(world: &World) {
-    let db = world.database("service").await;
-    eventually("everything is consumed", DRAIN, async || {
-        let open = "SELECT count(*) FROM delivery WHERE state <> 'CONSUMED'";
-        let open = number(&db, open).await;
-        (open == 0)
-            .then_some(())
-            .ok_or_else(|| format!("{open} are not"))
-    })
-    .await;
-    db.close().await;
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_replicas_share_a_thousand_messages_a_second_and_send_none_twice() {
     let mut world = world();
@@ -147,7 +134,7 @@ async fn two_replicas_share_a_thousand_messages_a_second_and_send_none_twice() {
     let (began, over) = (Instant::now(), CancellationToken::new());
     let reading = consume(&world, &SUBSCRIPTIONS, began, &over).await;
     let published = load(world.replicated_url(), began, 1_000, MINUTE).await;
-    all_is_consumed(&world).await;
+    world.until_all_consumed(DRAIN).await;
     over.cancel();
     for got in reading.join_all().await {
         let (all, distinct) = (got.all(), got.copies.len());
@@ -181,7 +168,7 @@ async fn a_rolling_restart_under_load_fails_no_call_and_delays_nothing() {
         restarts += 1;
     }
     let published = loading.await.unwrap();
-    all_is_consumed(&world).await;
+    world.until_all_consumed(DRAIN).await;
     over.cancel();
     assert!(restarts >= 2, "{restarts} rolling restarts");
     for mut got in reading.join_all().await {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use handfast_consumer::{Answer, BatchHandler, Delivered, Tx};
 use handfast_proto::v1::PublishRequest;
 use handfast_tests::database::number;
-use handfast_tests::{Config, Engines, Own, Party, Schema, World, eventually};
+use handfast_tests::{Config, Engines, Own, Party, Schema, World};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 
@@ -90,15 +90,7 @@ async fn a_stall_of_two_minutes_at_four_fifths_of_its_capacity_costs_no_copies()
     world.process("payout").signal(Signal::SIGCONT);
     total += stalled + load(&world, AFTER).await;
 
-    let db = world.database("service").await;
-    eventually("everything is consumed", DRAIN, async || {
-        let open = "SELECT count(*) FROM delivery WHERE state <> 'CONSUMED'";
-        let open = number(&db, open).await;
-        (open == 0)
-            .then_some(())
-            .ok_or_else(|| format!("{open} are not"))
-    })
-    .await;
+    world.until_all_consumed(DRAIN).await;
 
     let books = world.books().await;
     books.one_decision();

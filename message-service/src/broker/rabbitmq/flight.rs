@@ -13,6 +13,7 @@ use handfast_fail_points::{Point, hit};
 use lapin::Channel;
 use lapin::options::ConfirmSelectOptions;
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use super::RabbitMq;
 use super::error::Error;
@@ -21,6 +22,7 @@ use super::publish::{Batch, Fate, Outgoing, Progress};
 use super::queues::{Health, Queues};
 use super::wire;
 use crate::broker::handoff::Leased;
+use crate::message::MessageId;
 use crate::store::{DeliveryClaim, NotSent, Sent, Unsent};
 
 /// How long nothing may happen before it is looked at why.
@@ -289,32 +291,36 @@ impl RabbitMq {
 
     /// Gives back what was claimed and not tried.
     pub(super) async fn give_back(&self, loaded: Vec<Loaded>) {
-        let mut by: BTreeMap<String, Vec<Unsent>> = BTreeMap::new();
-        for Loaded {
-            subscription,
-            claim,
-            ..
-        } in loaded
-        {
-            by.entry(subscription).or_default().push(Unsent {
-                id: claim.id,
-                token: claim.token,
-                why: NotSent::Untried,
-            });
+        for one in &loaded {
+            self.queues.landed(&one.subscription, 1, 0);
         }
-        for (subscription, unsent) in by {
-            self.queues.landed(&subscription, unsent.len() as u64, 0);
-            self.return_unsent(&subscription, unsent).await;
-        }
+        let leases = loaded.into_iter().map(|one| {
+            let Loaded {
+                subscription,
+                claim,
+                ..
+            } = one;
+            (subscription, claim.id, claim.token)
+        });
+        self.return_untried(leases).await;
     }
 
-    /// Gives back what a confirm has leased to this process and what is not sent after all.
-    pub(super) async fn give_up(&self, leased: impl IntoIterator<Item = Leased>) {
+    /// Gives back what a confirm has leased to this process and what is not sent after all. No
+    /// room is taken for it.
+    pub(super) async fn give_up(&self, leased: Vec<Leased>) {
+        let leases = leased.into_iter().map(|one| {
+            let handed = one.handed;
+            (handed.subscription, handed.id, handed.token)
+        });
+        self.return_untried(leases).await;
+    }
+
+    async fn return_untried(&self, leases: impl Iterator<Item = (String, MessageId, Uuid)>) {
         let mut by: BTreeMap<String, Vec<Unsent>> = BTreeMap::new();
-        for Leased { handed, .. } in leased {
-            by.entry(handed.subscription).or_default().push(Unsent {
-                id: handed.id,
-                token: handed.token,
+        for (subscription, id, token) in leases {
+            by.entry(subscription).or_default().push(Unsent {
+                id,
+                token,
                 why: NotSent::Untried,
             });
         }

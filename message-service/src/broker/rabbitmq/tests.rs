@@ -138,17 +138,20 @@ impl Scene {
             .unwrap();
     }
 
-    /// Ends the broker, and takes everything away that it made.
     async fn end(self) {
-        self.rabbit.shutdown().await;
-        let names = &self.rabbit.names;
-        let mut queues = vec![names.acknowledge(), names.mark()];
-        queues.extend(["accounting", "points"].map(|name| names.queue(name)));
-        for queue in queues {
-            let options = QueueDeleteOptions::default();
-            let channel = self.channel().await;
-            channel.queue_delete(queue.into(), options).await.unwrap();
-        }
+        end(&self.rabbit, &self.connection).await;
+    }
+}
+
+/// Ends a broker, and takes everything away that it made.
+async fn end(rabbit: &RabbitMq, connection: &Connection) {
+    rabbit.shutdown().await;
+    let mut queues = vec![rabbit.names.acknowledge(), rabbit.names.mark()];
+    queues.extend(["accounting", "points"].map(|name| rabbit.names.queue(name)));
+    for queue in queues {
+        let options = QueueDeleteOptions::default();
+        let channel = connection.create_channel().await.unwrap();
+        channel.queue_delete(queue.into(), options).await.unwrap();
     }
 }
 

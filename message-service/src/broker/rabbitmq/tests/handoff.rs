@@ -55,15 +55,7 @@ impl Pair {
     }
 
     async fn end(self) {
-        self.rabbit.shutdown().await;
-        let names = &self.rabbit.names;
-        let mut queues = vec![names.acknowledge(), names.mark()];
-        queues.extend(["accounting", "points"].map(|name| names.queue(name)));
-        for queue in queues {
-            let options = QueueDeleteOptions::default();
-            let channel = self.connection.create_channel().await.unwrap();
-            channel.queue_delete(queue.into(), options).await.unwrap();
-        }
+        end(&self.rabbit, &self.connection).await;
         self.store.close().await;
     }
 }
