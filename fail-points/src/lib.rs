@@ -110,6 +110,10 @@ points! {
     ANNOUNCE_BEFORE_COMMIT = "service.announce.before-commit";
     /// The others can read what a replica says of itself.
     ANNOUNCE_AFTER_COMMIT = "service.announce.after-commit";
+    /// A replica has its turn at a pass, or not, but nothing is committed.
+    TURN_BEFORE_COMMIT = "service.turn.before-commit";
+    /// A replica has its turn, or knows that it has not, and has done nothing with it.
+    TURN_AFTER_COMMIT = "service.turn.after-commit";
     /// A slice of finished messages is removed but not committed.
     RETIRE_BEFORE_COMMIT = "service.retire.before-commit";
     /// A slice of finished messages is gone.

@@ -23,6 +23,7 @@ pub mod service;
 pub mod store;
 pub mod telemetry;
 pub mod topology;
+pub mod turn;
 
 #[cfg(test)]
 mod world;

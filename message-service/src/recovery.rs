@@ -5,8 +5,9 @@
 //! again only when its subscription has passed it by: something that was sent well after it
 //! was answered, or its queue is known not to hold it any more. All else waits.
 //!
-//! The pass may run at the same time as another one, here or elsewhere: what it writes repeats
-//! in the store what it was decided on.
+//! One process runs the pass for all, in turns. It may run at the same time as another one all the
+//! same: what it writes repeats in the store what it was decided on. Who is in grace has its turn
+//! too, and only looks at ages; what it leaves is looked at a period later.
 
 mod plan;
 
@@ -23,6 +24,7 @@ use crate::clock::Clock;
 use crate::pass::{self, Next, Pace};
 use crate::store::{self, OverdueDecision, Store};
 use crate::topology::Snapshot;
+use crate::turn::Turn;
 
 /// How many rows one write touches.
 const SLICE: usize = 500;
@@ -113,14 +115,29 @@ impl Recovery {
         })
     }
 
-    /// Looks until stopped.
-    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+    /// How often the pass runs, by whatever process.
+    pub fn period(&self) -> Duration {
+        self.settings.period
+    }
+
+    /// Looks until stopped, when it is this process's turn.
+    pub async fn run(self: Arc<Self>, turn: Turn, stop: CancellationToken) {
         let pace = Pace::new(self.settings.period, self.settings.seed);
         pass::run("recovery", pace, &Notify::new(), &stop, || async {
-            let report = self.run_once().await?;
-            // Without progress another run would only find the same.
-            let more = report.more > 0 && report.settled > 0;
-            Ok::<_, store::Error>(if more { Next::Now } else { Next::Signal })
+            // Asked by all, so that no outage of the store goes unnoticed by one of them.
+            let taken = turn.take().await.inspect_err(|_| self.distrust_silence());
+            if let Some(wait) = taken? {
+                return Ok(Next::NotBefore(wait));
+            }
+            loop {
+                let report = self.run_once().await?;
+                // Without progress another run would only find the same.
+                let more = report.more > 0 && report.settled > 0;
+                if !more || !turn.keep().await? {
+                    return Ok::<_, store::Error>(Next::Signal);
+                }
+                tokio::task::yield_now().await;
+            }
         })
         .await;
     }
@@ -142,7 +159,7 @@ impl Recovery {
                 Err(error) => drop(first_error.get_or_insert(error)),
             }
             if let Err(error) = self.look_at(name, &subscription.topic, &mut report).await {
-                self.lock().trouble_at = self.clock.monotonic();
+                self.distrust_silence();
                 first_error.get_or_insert(error);
             }
         }
@@ -192,6 +209,11 @@ impl Recovery {
             }
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Grace begins again: the store was away, and with it the answers.
+    fn distrust_silence(&self) {
+        self.lock().trouble_at = self.clock.monotonic();
     }
 
     /// True if what is silent now was not answered before a moment that is over: grace has

@@ -14,6 +14,7 @@ use crate::clock::Clock;
 use crate::message::Timestamp;
 use crate::pass::{self, Next, Pace};
 use crate::store::{self, Store};
+use crate::turn::Turn;
 
 /// How far the two clocks may move apart between two passes.
 const TOLERANCE: Duration = Duration::from_secs(60);
@@ -128,17 +129,35 @@ impl Retention {
         })
     }
 
-    /// Removes until stopped.
-    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+    /// How often the pass runs, by whatever process.
+    pub fn period(&self) -> Duration {
+        self.settings.period
+    }
+
+    /// Removes until stopped, when it is this process's turn.
+    pub async fn run(self: Arc<Self>, turn: Turn, stop: CancellationToken) {
         let pace = Pace::new(self.settings.period, self.settings.seed);
         pass::run("retention", pace, &Notify::new(), &stop, || async {
-            self.run_once().await.map(|_| Next::Signal)
+            // The clock is read also when it is another's turn, to have something to compare the
+            // next reading with.
+            self.believed();
+            match turn.take().await? {
+                None => self.run_in(Some(&turn)).await?,
+                Some(wait) => return Ok(Next::NotBefore(wait)),
+            };
+            Ok::<_, store::Error>(Next::Signal)
         })
         .await;
     }
 
     /// Opens buckets, then removes what may go, slice by slice, so that calls come in between.
     pub async fn run_once(&self) -> Result<Report, store::Error> {
+        self.run_in(None).await
+    }
+
+    /// Goes on from slice to slice for as long as the turn, if it depends on one, is this
+    /// process's.
+    async fn run_in(&self, turn: Option<&Turn>) -> Result<Report, store::Error> {
         self.store.open_buckets(self.settings.bucket_span).await?;
         let mut report = Report::default();
         // The clock may jump between two slices as well as between two passes.
@@ -149,6 +168,11 @@ impl Retention {
             report.moved += slice.moved;
             report.buckets += slice.buckets;
             if !slice.more {
+                break;
+            }
+            if let Some(turn) = turn
+                && !turn.keep().await?
+            {
                 break;
             }
             tokio::task::yield_now().await;

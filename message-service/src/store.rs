@@ -472,6 +472,41 @@ pub const ALIVE_FOR: Duration = Duration::from_secs(5);
 /// Who has said nothing for so long is forgotten.
 pub const REMEMBERED_FOR: Duration = Duration::from_secs(3_600);
 
+/// A pass that one process runs for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// Brings back what got lost.
+    Recovery,
+    /// Removes what was finished long ago.
+    Retention,
+}
+
+impl Shared {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Recovery, Self::Retention];
+
+    /// What it is called, also in the database.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Recovery => "recovery",
+            Self::Retention => "retention",
+        }
+    }
+}
+
+/// Who wants to run which pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TakeTurn {
+    /// Which.
+    pub pass: Shared,
+    /// Who.
+    pub replica: Uuid,
+    /// How long the turn is this process's.
+    pub period: Duration,
+    /// It has the turn and wants to keep it.
+    pub again: bool,
+}
+
 /// The port. See the module's text for what all methods have in common.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -628,6 +663,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// The processes on this store, the longest serving first.
     async fn replicas(&self) -> Result<Vec<ReplicaView>, Error>;
+
+    /// Takes the turn at a pass, if it is due, and then it is due again a period later; or says
+    /// after how long to ask again. Who has the turn may keep it. A turn further away than two
+    /// periods counts as due: the clock has jumped.
+    async fn take_turn(&self, turn: TakeTurn) -> Result<Option<Duration>, Error>;
 
     /// How many of what.
     async fn counts(&self) -> Result<Counts, Error>;

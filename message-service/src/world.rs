@@ -307,6 +307,7 @@ passed_on! {
     fn retire(cutoff: Timestamp) -> Retired;
     fn backlog_bytes() -> u64;
     fn announce(presence: Presence) -> Heard;
+    fn take_turn(turn: TakeTurn) -> Option<Duration>;
     fn leave(id: Uuid) -> ();
     fn replicas() -> Vec<ReplicaView>;
     fn counts() -> Counts;

@@ -27,6 +27,7 @@ impl Owner {
                     "replicas",
                     "../message-service/postgres/0002_replicas.sql"
                 ),
+                step!(3, "turns", "../message-service/postgres/0003_turns.sql"),
             ],
             (Self::Fence, Database::Sqlite) => {
                 &[step!(1, "fence", "../fence/sqlite/0001_fence.sql")]

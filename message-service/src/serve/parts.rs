@@ -6,6 +6,7 @@ use std::time::Duration;
 use rand::TryRngCore as _;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use uuid::Uuid;
 
 use super::engines::{Carrier, Opened};
 
@@ -21,8 +22,9 @@ use crate::recovery::{self, Recovery};
 use crate::refresh::{self, Refresh};
 use crate::retention::{self, Retention};
 use crate::service::{self, Service};
-use crate::store::Store;
+use crate::store::{Shared, Store};
 use crate::topology::Snapshot;
+use crate::turn::Turn;
 
 /// A lease on a check outlives its call by at least this much.
 const CHECK_MARGIN: Duration = Duration::from_secs(1);
@@ -37,6 +39,8 @@ pub(super) struct Parts {
     retention: Arc<Retention>,
     refresh: Arc<Refresh>,
     pub(super) presence: Arc<Presence>,
+    /// Who this process is.
+    replica: Uuid,
     /// Ends the passes.
     pub(super) stop: CancellationToken,
     /// The passes that run.
@@ -57,7 +61,7 @@ impl Parts {
         clock: Arc<dyn Clock>,
         identity: Identity,
     ) -> Self {
-        let seed = identity.seed;
+        let (seed, replica) = (identity.seed, identity.id);
         let answered = Arc::new(Answered::default());
         let carrier = Carrier::new(server, &opened, &topology, &clock, seed);
         let store = opened.store;
@@ -136,6 +140,7 @@ impl Parts {
             retention,
             refresh,
             presence,
+            replica,
             stop: CancellationToken::new(),
             passes: TaskTracker::new(),
         }
@@ -146,14 +151,25 @@ impl Parts {
         let (checker, recovery) = (Arc::clone(&self.checker), Arc::clone(&self.recovery));
         let (retention, refresh) = (Arc::clone(&self.retention), Arc::clone(&self.refresh));
         self.keep("checker", move |stop| Arc::clone(&checker).run(stop));
-        self.keep("recovery", move |stop| Arc::clone(&recovery).run(stop));
-        self.keep("retention", move |stop| Arc::clone(&retention).run(stop));
+        let turn = self.turn(Shared::Recovery, self.recovery.period());
+        self.keep("recovery", move |stop| {
+            Arc::clone(&recovery).run(turn.clone(), stop)
+        });
+        let turn = self.turn(Shared::Retention, self.retention.period());
+        self.keep("retention", move |stop| {
+            Arc::clone(&retention).run(turn.clone(), stop)
+        });
         let presence = Arc::clone(&self.presence);
         self.keep("presence", move |stop| Arc::clone(&presence).run(stop));
         self.keep("refresh", move |stop| Arc::clone(&refresh).run(stop));
         self.passes.close();
         let sink: Arc<dyn AnswerSink> = Arc::clone(&self.service) as _;
         self.carrier.start(sink);
+    }
+
+    /// This process's turn at a pass that one runs for all.
+    fn turn(&self, pass: Shared, period: Duration) -> Turn {
+        Turn::new(Arc::clone(&self.store), pass, self.replica, period)
     }
 
     /// Keeps a pass running until the stop.

@@ -18,6 +18,7 @@ pub(super) enum Kind {
     Recover,
     Retire,
     Announce,
+    Turn,
 }
 
 impl Kind {
@@ -37,6 +38,7 @@ impl Kind {
             Self::Recover => "write what the recovery pass decided",
             Self::Retire => "remove finished messages",
             Self::Announce => "say that this replica is there",
+            Self::Turn => "take the turn at a pass",
         }
     }
 
@@ -65,6 +67,7 @@ impl Kind {
             Self::Recover => (Point::RECOVER_BEFORE_COMMIT, Point::RECOVER_AFTER_COMMIT),
             Self::Retire => (Point::RETIRE_BEFORE_COMMIT, Point::RETIRE_AFTER_COMMIT),
             Self::Announce => (Point::ANNOUNCE_BEFORE_COMMIT, Point::ANNOUNCE_AFTER_COMMIT),
+            Self::Turn => (Point::TURN_BEFORE_COMMIT, Point::TURN_AFTER_COMMIT),
         }
     }
 }

@@ -22,6 +22,7 @@ mod rows;
 mod session;
 mod time;
 mod topology;
+mod turns;
 mod verbs;
 
 use std::collections::BTreeSet;
@@ -46,12 +47,13 @@ use retire::{Retire, Wanted};
 use session::Repeats;
 use time::StoreClock;
 use topology::Apply;
+use turns::Turns;
 
 use super::{
     AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryClaim,
     DeliveryCursor, DeliveryView, Error, Handed, Handoff, Heard, Lane, MessageFilter, MessageView,
-    Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown, Store, Unsent,
-    Written,
+    Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown, Store,
+    TakeTurn, Unsent, Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -88,6 +90,7 @@ struct Lanes {
     recover: WriteLane<Recover>,
     retire: WriteLane<Retire>,
     announce: WriteLane<Announce>,
+    turns: WriteLane<Turns>,
 }
 
 impl PostgresStore {
@@ -319,6 +322,10 @@ impl Store for PostgresStore {
         self.lanes.announce.call(Said::Here(presence)).await
     }
 
+    async fn take_turn(&self, turn: TakeTurn) -> Result<Option<Duration>, Error> {
+        self.lanes.turns.call(turn).await
+    }
+
     async fn leave(&self, id: Uuid) -> Result<(), Error> {
         self.lanes.announce.call(Said::Gone(id)).await?;
         Ok(())
@@ -393,6 +400,7 @@ impl Store for PostgresStore {
             lanes.recover.close(),
             lanes.retire.close(),
             lanes.announce.close(),
+            lanes.turns.close(),
         );
         tokio::join!(
             self.readers.close(),

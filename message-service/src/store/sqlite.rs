@@ -33,8 +33,8 @@ use writer::{Kind, Writer};
 use super::{
     AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryClaim,
     DeliveryCursor, DeliveryView, Error, Handed, Handoff, Heard, Lane, MessageFilter, MessageView,
-    Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown, Store, Unsent,
-    Written,
+    Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown, Store,
+    TakeTurn, Unsent, Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -373,6 +373,11 @@ impl Store for SqliteStore {
             alive: 1,
             answered: Vec::new(),
         })
+    }
+
+    /// There is one process, and the period of the pass is its own.
+    async fn take_turn(&self, _: TakeTurn) -> Result<Option<Duration>, Error> {
+        Ok(None)
     }
 
     async fn leave(&self, id: Uuid) -> Result<(), Error> {

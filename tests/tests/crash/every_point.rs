@@ -42,6 +42,8 @@ fn only_on(point: Point) -> Option<Engines> {
         | Point::ANSWERS_RECORDED
         | Point::ANNOUNCE_BEFORE_COMMIT
         | Point::ANNOUNCE_AFTER_COMMIT
+        | Point::TURN_BEFORE_COMMIT
+        | Point::TURN_AFTER_COMMIT
         | Point::CONSUMER_PUBLISHED => Some(Engines::Production),
         _ => None,
     }
@@ -99,6 +101,8 @@ async fn dies_at(engines: Engines, point: Point) {
         | Point::RELAY_HANDED
         | Point::ANNOUNCE_BEFORE_COMMIT
         | Point::ANNOUNCE_AFTER_COMMIT
+        | Point::TURN_BEFORE_COMMIT
+        | Point::TURN_AFTER_COMMIT
         | Point::RELAY_CONFIRMED => busy(engines, Party::Service, point, 3).await,
         Point::CLAIM_BEFORE_COMMIT | Point::CLAIM_AFTER_COMMIT => match engines {
             Engines::Embedded => busy(engines, Party::Service, point, 3).await,

@@ -222,3 +222,33 @@ async fn the_console_lists_both_replicas_until_they_end() {
     assert_eq!(left.len(), 1, "who ends in good order says so");
     assert_eq!(left[0].address, service);
 }
+
+#[tokio::test]
+async fn the_passes_run_once_per_interval_whichever_replica_is_left() {
+    const WINDOW: Duration = Duration::from_secs(6);
+    let mut world = World::bare(Engines::Production, Config::empty());
+    world.start(Party::Service).await;
+    world.start_replica(REPLICA).await;
+    let db = world.database("service").await;
+    let turns = async || number(&db, "SELECT taken FROM turn WHERE pass = 'recovery'").await;
+    // A second apart, a little more where the next one was just about to ask.
+    let counted = async |who: &str| {
+        let before = turns().await;
+        tokio::time::sleep(WINDOW).await;
+        let taken = turns().await - before;
+        assert!((4..=7).contains(&taken), "{who}: {taken} in {WINDOW:?}");
+    };
+    counted("both").await;
+    let replica = world.process(REPLICA);
+    replica.signal(Signal::SIGSTOP);
+    counted("the first alone").await;
+    replica.signal(Signal::SIGCONT);
+    world.freeze(Party::Service);
+    counted("the second alone").await;
+    world.thaw(Party::Service);
+    world.kill_process(REPLICA).await;
+    counted("the first again").await;
+    let unknown = "SELECT count(*) FROM turn WHERE taken_by NOT IN (SELECT id FROM replica)";
+    assert_eq!(number(&db, unknown).await, 0);
+    db.close().await;
+}

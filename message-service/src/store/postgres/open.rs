@@ -26,6 +26,7 @@ use super::retire::Retire;
 use super::session::{Repeats, Session, Trouble, Use, connect, trouble};
 use super::time::StoreClock;
 use super::topology::Apply;
+use super::turns::Turns;
 use super::{Lanes, PostgresStore};
 use crate::clock::Clock;
 
@@ -229,6 +230,7 @@ impl PostgresStore {
             recover: Lane::start(Recover::new(rng(), Arc::clone(&clock)), session(write)),
             retire: Lane::start(Retire::default(), session(Use::Retire)),
             announce: Lane::start(Announce, session(write)),
+            turns: Lane::start(Turns, session(write)),
         };
         let readers = |number| Readers::new(Arc::clone(&options), number, Arc::clone(&repeats));
         let people = readers(address.readers.min(PEOPLE));

@@ -119,6 +119,7 @@ mod plans;
 mod races;
 mod replicas;
 mod trouble;
+mod turns;
 mod upkeep;
 
 const TOPIC: &str = "paid";

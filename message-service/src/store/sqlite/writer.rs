@@ -58,7 +58,8 @@ impl Class {
             | Kind::Return
             | Kind::Recover
             | Kind::Retire
-            | Kind::Announce => Class::Pass,
+            | Kind::Announce
+            | Kind::Turn => Class::Pass,
         }
     }
 }
