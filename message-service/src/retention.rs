@@ -138,13 +138,12 @@ impl Retention {
     pub async fn run(self: Arc<Self>, turn: Turn, stop: CancellationToken) {
         let pace = Pace::new(self.settings.period, self.settings.seed);
         pass::run("retention", pace, &Notify::new(), &stop, || async {
-            // The clock is read also when it is another's turn, to have something to compare the
-            // next reading with.
-            self.believed();
-            match turn.take().await? {
-                None => self.run_in(Some(&turn)).await?,
-                Some(wait) => return Ok(Next::NotBefore(wait)),
-            };
+            if let Some(wait) = turn.take().await? {
+                // When it is this process's turn, there is something to compare the clock with.
+                self.believed();
+                return Ok(Next::NotBefore(wait));
+            }
+            self.run_in(Some(&turn)).await?;
             Ok::<_, store::Error>(Next::Signal)
         })
         .await;

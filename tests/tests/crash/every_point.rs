@@ -476,8 +476,18 @@ async fn retire(engines: Engines, point: Point) {
     let empty = "SELECT count(*) FROM body_bucket
                   WHERE number < (SELECT min(bucket) FROM message)";
     let empty = u32::try_from(number(&db, empty).await).expect("a count");
-    db.close().await;
     world.stop(Party::Service).await;
+    if engines == Engines::Production {
+        // Else the clock is read in the turn of the process before.
+        let due = "SELECT count(*) FROM turn
+                    WHERE pass = 'retention' AND due_at <= clock_timestamp()";
+        eventually("the first run has its turn", SOON, async || {
+            let due = number(&db, due).await == 1;
+            due.then_some(()).ok_or_else(|| "it is not due".to_owned())
+        })
+        .await;
+    }
+    db.close().await;
     world.config = world.config.clone().server("retention_s", 1);
     // The first run opens buckets and reads the clock, the second opens and then removes, bucket
     // by bucket.
