@@ -7,8 +7,9 @@
 //! · [`home`] (where databases and queues are) · [`database`] (looking at one of either kind) ·
 //! [`config`] (what the service is told) · [`world`] (all of it together) · [`clients`] (who
 //! calls) · [`reader`] (who reads a queue by hand) · [`consumer`] (a handler of the test's own) ·
-//! [`status`] (a producer that answers as it is told) · [`books`] (the promises, as statements
-//! about databases).
+//! [`status`] (a producer that answers as it is told) · [`proxy`], [`link`] (a network that fails)
+//! · [`previous`] (the program as it was) · [`books`] (the promises, as statements about databases)
+//! · [`history`] (what those who asked were told).
 
 #![expect(
     clippy::unwrap_used,
@@ -21,7 +22,10 @@ pub mod clients;
 pub mod config;
 pub mod consumer;
 pub mod database;
+pub mod history;
 pub mod home;
+pub mod link;
+pub mod previous;
 pub mod process;
 pub mod proxy;
 pub mod reader;
@@ -33,7 +37,9 @@ pub use books::{Books, Floor};
 pub use config::Config;
 pub use consumer::{Consuming, Own, Schema};
 pub use database::Database;
+pub use history::{History, Merchants};
 pub use home::{Engines, Servers};
+pub use link::Link;
 pub use wait::{eventually, stays};
 pub use world::{Party, World};
 

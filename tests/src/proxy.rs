@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -46,6 +46,8 @@ struct Faults {
     ends_below: Option<(u64, End)>,
     /// The next answer on any connection is not carried: its connections end instead.
     ends_before_reply: bool,
+    /// A request with these bytes is carried, and its connection ends instead of the reply.
+    ends_before_reply_to: Option<&'static [u8]>,
     /// This way is closed in good order; the other goes on.
     half_closed: [bool; 2],
 }
@@ -56,6 +58,7 @@ pub struct Proxy {
     address: SocketAddr,
     faults: watch::Sender<Faults>,
     carried: Arc<[AtomicU64; 2]>,
+    harmed: Arc<AtomicU64>,
     /// The number of the next connection.
     next: Arc<AtomicU64>,
     accepting: AbortHandle,
@@ -69,9 +72,11 @@ impl Proxy {
         let address = listener.local_addr().expect("its port");
         let faults = watch::Sender::new(Faults::default());
         let carried = Arc::<[AtomicU64; 2]>::default();
+        let harmed = Arc::<AtomicU64>::default();
         let next = Arc::<AtomicU64>::default();
         let accept = {
             let (faults, carried, next) = (faults.clone(), carried.clone(), next.clone());
+            let harmed = harmed.clone();
             async move {
                 // They end with the proxy.
                 let mut connections = JoinSet::new();
@@ -81,6 +86,8 @@ impl Proxy {
                         faults: faults.subscribe(),
                         shared: faults.clone(),
                         carried: carried.clone(),
+                        harmed: harmed.clone(),
+                        is_last: AtomicBool::new(false),
                     };
                     connections.spawn(link.carry(near, to));
                     while connections.try_join_next().is_some() {}
@@ -91,6 +98,7 @@ impl Proxy {
             address,
             faults,
             carried,
+            harmed,
             next,
             accepting: tokio::spawn(accept).abort_handle(),
         }
@@ -104,6 +112,12 @@ impl Proxy {
     /// Bytes that were carried this way so far.
     pub fn carried(&self, way: Way) -> u64 {
         self.carried[way as usize].load(Ordering::SeqCst)
+    }
+
+    /// How often a fault has met something: a connection that it ended or refused, or bytes that
+    /// it kept.
+    pub fn harmed(&self) -> u64 {
+        self.harmed.load(Ordering::SeqCst)
     }
 
     /// From now on every chunk comes this much later.
@@ -138,6 +152,13 @@ impl Proxy {
             .send_modify(|faults| faults.ends_before_reply = true);
     }
 
+    /// Lets requests with these bytes through, and ends their connections instead of carrying the
+    /// replies; or does no more.
+    pub fn cuts_before_replies_to(&self, request: Option<&'static [u8]>) {
+        self.faults
+            .send_modify(|faults| faults.ends_before_reply_to = request);
+    }
+
     /// Closes this way of every connection in good order, or of none any more.
     pub fn half_closes(&self, way: Way, all: bool) {
         self.faults
@@ -162,11 +183,15 @@ struct Connection {
     faults: watch::Receiver<Faults>,
     shared: watch::Sender<Faults>,
     carried: Arc<[AtomicU64; 2]>,
+    harmed: Arc<AtomicU64>,
+    /// Its last request went through, and the reply is not to.
+    is_last: AtomicBool,
 }
 
 impl Connection {
     async fn carry(self, mut near: TcpStream, to: SocketAddr) {
         if self.faults.borrow().refuses {
+            self.harms();
             return;
         }
         let Ok(mut far) = TcpStream::connect(to).await else {
@@ -195,12 +220,17 @@ impl Connection {
             if let Some((below, end)) = faults.borrow_and_update().ends_below
                 && self.number < below
             {
+                self.harms();
                 return end;
             }
             if faults.changed().await.is_err() {
                 return End::Closed;
             }
         }
+    }
+
+    fn harms(&self) {
+        self.harmed.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Carries one way until its end. An error ends the other way, too.
@@ -216,6 +246,7 @@ impl Connection {
         loop {
             if faults.borrow_and_update().half_closed[way as usize] && is_open {
                 is_open = false;
+                self.harms();
                 to.shutdown().await?;
             }
             let read = tokio::select! {
@@ -230,14 +261,25 @@ impl Connection {
             }
             let now = faults.borrow().clone();
             if !now.delay.is_zero() {
+                self.harms();
                 tokio::time::sleep(now.delay).await;
             }
-            if way == Way::Back && now.ends_before_reply {
+            let lost = now.ends_before_reply || self.is_last.load(Ordering::SeqCst);
+            if way == Way::Back && lost {
+                self.harms();
                 self.shared
                     .send_modify(|faults| faults.ends_before_reply = false);
                 return Err(std::io::ErrorKind::ConnectionAborted.into());
             }
-            if !now.swallows[way as usize] && is_open {
+            if let Some(request) = now.ends_before_reply_to
+                && way == Way::There
+                && chunk[..read].windows(request.len()).any(|w| w == request)
+            {
+                self.is_last.store(true, Ordering::SeqCst);
+            }
+            if now.swallows[way as usize] {
+                self.harms();
+            } else if is_open {
                 to.write_all(&chunk[..read]).await?;
                 self.carried[way as usize].fetch_add(read as u64, Ordering::SeqCst);
             }
@@ -347,6 +389,20 @@ mod tests {
         );
         let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
         assert_eq!(says(&mut stream, "again").await.unwrap(), "again");
+    }
+
+    #[tokio::test]
+    async fn replies_to_some_requests_are_lost_and_to_others_are_not() {
+        let (proxy, mut stream) = linked().await;
+        assert_eq!(proxy.harmed(), 0);
+        proxy.cuts_before_replies_to(Some(b"COMMIT"));
+        assert_eq!(says(&mut stream, "BEGIN").await.unwrap(), "BEGIN");
+        assert_eq!(says(&mut stream, "a COMMIT").await.unwrap_or_default(), "");
+        assert_eq!(proxy.harmed(), 1);
+        assert_eq!(proxy.carried(Way::There), 18);
+        proxy.cuts_before_replies_to(None);
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        assert_eq!(says(&mut stream, "COMMIT").await.unwrap(), "COMMIT");
     }
 
     #[tokio::test]

@@ -21,6 +21,7 @@ use crate::clients::{Payments, Raw};
 use crate::config::{Config, STEP_MS};
 use crate::database::{Database, number};
 use crate::home::{Engines, Home, Servers};
+use crate::link::Link;
 use crate::process::Process;
 use crate::proxy::Proxy;
 use crate::wait::eventually;
@@ -42,7 +43,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 const SERVICE_PORT: u16 = 7400;
 const REPLICA_PORT: u16 = 7401;
 const PAYMENT_PORT: u16 = 7410;
-const STATUS_PORT: u16 = 7411;
+pub(crate) const STATUS_PORT: u16 = 7411;
 
 /// One of the four processes of a world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,12 +81,16 @@ pub struct World {
     pub config: Config,
     /// Payment knows two addresses of Handfast at its next start, the service's and a replica's.
     pub replicated: bool,
+    /// What the next party is started from; first the tested program.
+    pub program: PathBuf,
     /// After this long, payment answers PROCESSING.
     pub pay_deadline_ms: u64,
     /// What the environment tells the service; it wins over the configuration.
     pub service_environment: BTreeMap<String, String>,
     // Before the home, so that everything is dead before it is removed.
     running: BTreeMap<String, Process>,
+    /// The proxies on links.
+    pub(crate) detours: BTreeMap<Link, SocketAddr>,
     home: Home,
     /// The servers that are this world's own.
     pub servers: Servers,
@@ -103,8 +108,7 @@ impl World {
     /// The same on servers of its own.
     pub async fn with_servers(engines: Engines, servers: Servers) -> Self {
         let mut world = Self::bare_with_servers(engines, servers, Config::empty());
-        let usual = format!("schedule_ms = [{STEP_MS}]");
-        world.config = world.config_of_payment(&usual);
+        world.config = world.usual_config();
         world.open_accounts([(USER, BALANCE), (POOR, 0)]).await;
         world
     }
@@ -135,9 +139,11 @@ impl World {
         Self {
             config,
             replicated: false,
+            program: handfast(),
             pay_deadline_ms: 5_000,
             service_environment: BTreeMap::new(),
             running: BTreeMap::new(),
+            detours: BTreeMap::new(),
             home: Home::new(engines, &servers),
             servers,
             host: own_address(),
@@ -145,10 +151,14 @@ impl World {
         }
     }
 
+    pub(crate) fn usual_config(&self) -> Config {
+        self.config_of_payment(&format!("schedule_ms = [{STEP_MS}]"))
+    }
+
     /// Payment, accounting with these lines, and points.
     pub fn config_of_payment(&self, accounting: &str) -> Config {
         Config::empty()
-            .producer("payment", self.address(STATUS_PORT))
+            .producer("payment", self.status_address())
             .topic("payment.completed")
             .subscription_with("accounting", "payment.completed", accounting)
             .subscription("points", "payment.completed")
@@ -200,6 +210,11 @@ impl World {
         format!("http://{}", self.address(REPLICA_PORT))
     }
 
+    /// Where the database of a party is.
+    pub(crate) fn database_url(&self, party: Party) -> String {
+        self.home.address(party.name())
+    }
+
     /// A proxy on a service's way to RabbitMQ, and the URL of RabbitMQ by way of it.
     pub async fn proxied_rabbitmq(&self) -> (Proxy, String) {
         let (url, _) = self.rabbitmq();
@@ -235,6 +250,7 @@ impl World {
     pub async fn start_armed(&mut self, party: Party, armed: &str) {
         self.home.make(party.name()).await;
         let mut command = self.command(party);
+        self.detoured(party, &mut command);
         if !armed.is_empty() {
             command.env(ENVIRONMENT, armed);
         }
@@ -271,6 +287,14 @@ impl World {
         command
     }
 
+    /// The command of another message service on the same servers.
+    pub fn replica(&self) -> Command {
+        let mut command = self.command(Party::Service);
+        let listen = self.address(REPLICA_PORT).to_string();
+        command.arg("--listen").arg(listen);
+        command
+    }
+
     /// Starts another message service on the same servers, of this name, and waits until it serves.
     pub async fn start_replica(&mut self, name: &str) {
         self.start_replica_with(name, &[]).await;
@@ -278,9 +302,8 @@ impl World {
 
     /// The same with more arguments of `serve`.
     pub async fn start_replica_with(&mut self, name: &str, arguments: &[&str]) {
-        let mut command = self.command(Party::Service);
-        let listen = self.address(REPLICA_PORT).to_string();
-        command.arg("--listen").arg(listen).args(arguments);
+        let mut command = self.replica();
+        command.args(arguments);
         self.spawn(name, command);
         self.until_serving(name, REPLICA_PORT).await;
     }
@@ -371,13 +394,13 @@ impl World {
                 let listen = self.address(SERVICE_PORT).to_string();
                 let text = self.config.text(&listen, &self.home);
                 std::fs::write(&file, text).expect("the configuration can be written");
-                let mut command = Command::new(handfast());
+                let mut command = Command::new(&self.program);
                 command.arg("serve").arg("--config").arg(file);
                 command.envs(&self.service_environment);
                 command
             }
             Party::Payment | Party::Accounting | Party::Points => {
-                let mut command = Command::new(handfast());
+                let mut command = Command::new(&self.program);
                 command.arg("demo-party").arg(party.name());
                 let variable = |name: &str| format!("{}_{name}", party.name().to_uppercase());
                 let service = match self.replicated {
@@ -563,7 +586,12 @@ impl World {
     /// Waits until nothing is on its way any more: no payment unfinished, no message
     /// undecided, no delivery open; and returns what the databases then say.
     pub async fn drained(&self) -> Books {
-        eventually("everything is finished", DRAIN, async || {
+        self.drained_within(DRAIN).await
+    }
+
+    /// The same within another time.
+    pub async fn drained_within(&self, time: Duration) -> Books {
+        eventually("everything is finished", time, async || {
             let books = self.books().await;
             match books.unfinished() {
                 None => Ok(books),

@@ -28,7 +28,7 @@ const SETTINGS: [(&str, &str); 7] = [
     ("listen_addresses", "127.0.0.1"),
     ("unix_socket_directories", ""),
     ("dynamic_shared_memory_type", "mmap"),
-    ("max_connections", "200"),
+    ("max_connections", "400"),
     ("shared_buffers", "64MB"),
     ("max_wal_size", "256MB"),
     ("log_line_prefix", "%m [%p] %d "),

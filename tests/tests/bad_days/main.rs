@@ -8,6 +8,7 @@
 )]
 
 mod alarms;
+mod beside_two_replicas;
 mod postgres_refuses;
 mod postgres_restarts;
 mod queues;

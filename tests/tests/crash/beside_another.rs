@@ -12,7 +12,7 @@ use handfast_fail_points::Point;
 use handfast_tests::clients::{Payments, Raw, message, orders};
 use handfast_tests::{Engines, Floor, Party, World};
 
-use crate::every_point::at_each;
+use crate::every_point::each_of;
 
 /// Worlds that are broken at the same time.
 const WORLDS: usize = 3;
@@ -26,7 +26,7 @@ async fn a_process_may_die_at_every_durable_step_beside_another_replica() {
     // What only streams of the service pass: they need the embedded broker, which has one process.
     let reached = |point: &&Point| **point != Point::DELIVER_AFTER_WRITE;
     let points: Vec<_> = Point::ALL.iter().filter(reached).copied().collect();
-    at_each(points, WORLDS, dies_at).await;
+    each_of(points, WORLDS, dies_at).await;
 }
 
 /// Who passes the point.

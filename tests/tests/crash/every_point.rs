@@ -5,6 +5,7 @@
 //! fails here.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
@@ -52,21 +53,21 @@ fn only_on(point: Point) -> Option<Engines> {
 async fn a_process_may_die_at_every_durable_step(engines: Engines) {
     let reached = |point: &Point| only_on(*point).is_none_or(|only| only == engines);
     let points: Vec<_> = Point::ALL.iter().copied().filter(reached).collect();
-    at_each(points, WORLDS, |point| dies_at(engines, point)).await;
+    each_of(points, WORLDS, |point| dies_at(engines, point)).await;
 }
 
-/// Runs something at each point, in so many worlds at the same time, and fails with the names of
-/// all points at which it failed.
-pub(crate) async fn at_each<F: Future<Output = ()>>(
-    points: Vec<Point>,
+/// Runs something for each of these, in so many worlds at the same time, and fails with the names
+/// of all for which it failed.
+pub(crate) async fn each_of<T: Copy + Debug, F: Future<Output = ()>>(
+    all: Vec<T>,
     worlds: usize,
-    dies_at: impl Fn(Point) -> F,
+    runs: impl Fn(T) -> F,
 ) {
-    let expected = points.len();
-    let ends: Vec<_> = stream::iter(points)
-        .map(|point| {
-            let end = AssertUnwindSafe(dies_at(point)).catch_unwind();
-            async move { (point, end.await) }
+    let expected = all.len();
+    let ends: Vec<_> = stream::iter(all)
+        .map(|one| {
+            let end = AssertUnwindSafe(runs(one)).catch_unwind();
+            async move { (one, end.await) }
         })
         .buffer_unordered(worlds)
         .collect()
@@ -75,7 +76,7 @@ pub(crate) async fn at_each<F: Future<Output = ()>>(
     let failed: Vec<_> = ends
         .into_iter()
         .filter(|(_, end)| end.is_err())
-        .map(|(point, _)| point.name())
+        .map(|(one, _)| one)
         .collect();
     assert!(
         failed.is_empty(),

@@ -10,6 +10,8 @@ mod beside_another;
 mod disk_full;
 mod every_point;
 mod kills;
+mod links;
+mod mixed_versions;
 mod shared_work;
 mod starts_with_a_backlog;
 mod two_replicas;

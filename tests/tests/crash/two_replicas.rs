@@ -9,7 +9,7 @@ use handfast_proto::v1::{Replica, ReplicasRequest};
 use handfast_tests::clients::orders;
 use handfast_tests::database::number;
 use handfast_tests::proxy::Way;
-use handfast_tests::{Books, Config, Engines, Floor, Party, World, eventually};
+use handfast_tests::{Books, Config, Engines, Floor, Merchants, Party, World, eventually};
 use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -17,10 +17,10 @@ const SOON: Duration = Duration::from_secs(20);
 const FREEZE: Duration = Duration::from_secs(7);
 /// Orders that are paid between two looks at whether the faults are over.
 const ROUND: usize = 50;
-const REPLICA: &str = "replica";
+pub(crate) const REPLICA: &str = "replica";
 
 /// Waits until so many more payments were rewarded.
-async fn rewarded(world: &World, more: usize) {
+pub(crate) async fn rewarded(world: &World, more: usize) {
     let wanted = world.books().await.grants.len() + more;
     eventually(format!("{wanted} rewards"), SOON, async || {
         let grants = world.books().await.grants.len();
@@ -77,6 +77,43 @@ async fn one_of_two_replicas_that_freezes_or_dies_changes_nothing() {
     assert!(attempts <= Some(2), "{attempts:?}");
     let (copies, messages) = Books::copies(&books.seen_by_points);
     eprintln!("{copies} copies of {messages} messages");
+}
+
+#[tokio::test]
+async fn both_are_killed_in_a_loop_and_each_is_back_within_5_s() {
+    const KILLS: usize = 10;
+    const BACK: Duration = Duration::from_secs(5);
+    let mut world = World::new(Engines::Production).await;
+    world.replicated = true;
+    world.start(Party::Service).await;
+    world.start_replica(REPLICA).await;
+    world.start_all().await;
+    let merchants = Merchants::of(world.payments());
+    let kills = async {
+        for _ in 0..KILLS {
+            rewarded(&world, 20).await;
+            world.kill(Party::Service).await;
+            let killed = Instant::now();
+            world.start(Party::Service).await;
+            assert!(killed.elapsed() < BACK, "took {:?}", killed.elapsed());
+            rewarded(&world, 20).await;
+            world.kill_process(REPLICA).await;
+            let killed = Instant::now();
+            world.start_replica(REPLICA).await;
+            assert!(killed.elapsed() < BACK, "took {:?}", killed.elapsed());
+        }
+        merchants.stop();
+    };
+    tokio::join!(kills, merchants.ask("a"));
+    let books = world.drained().await;
+    let history = merchants.into_history();
+    eprintln!("{:?}, {} repeats", history.outcomes(), books.repeats());
+    history.agrees_with(&books);
+    books.hold(Floor {
+        paid: 400,
+        refused: 50,
+        ..Floor::default()
+    });
 }
 
 #[tokio::test]

@@ -32,7 +32,8 @@ const SOON: Duration = Duration::from_secs(20);
 const PAID: Schema =
     Schema::both("CREATE TABLE paid (message_id bytea NOT NULL, order_id text NOT NULL)");
 
-/// A service, and a producer in this process with a database and a status server.
+/// A service, or two where there may be two, and a producer in this process with a database and a
+/// status server.
 struct Scene {
     world: World,
     producer: Producer,
@@ -48,7 +49,12 @@ impl Scene {
             .topic(TOPIC)
             .subscription("reader", TOPIC);
         world.start(Party::Service).await;
-        let producer = Producer::connect(world.service_url(), SHOP).await;
+        let mut services = world.service_url();
+        if engines == Engines::Production {
+            world.start_replica("replica").await;
+            services = world.replicated_url();
+        }
+        let producer = Producer::connect(services, SHOP).await;
         let pool = database(&world, "orders", connections).await;
         Self {
             producer: producer.unwrap().with_deadline(SOON),
