@@ -14,6 +14,7 @@ use handfast_fail_points::Point;
 use handfast_tests::clients::{message, name_of, orders};
 use handfast_tests::database::number;
 use handfast_tests::{Books, Config, Engines, Floor, Party, World, eventually, on_both_engines};
+use nix::sys::signal::Signal;
 
 /// Worlds that are broken at the same time.
 const WORLDS: usize = 4;
@@ -107,7 +108,7 @@ async fn dies_at(engines: Engines, point: Point) {
         | Point::RELAY_CONFIRMED => busy(engines, Party::Service, point, 3).await,
         Point::CLAIM_BEFORE_COMMIT | Point::CLAIM_AFTER_COMMIT => match engines {
             Engines::Embedded => busy(engines, Party::Service, point, 3).await,
-            Engines::Production => left_to_claim(point).await,
+            Engines::Production => left_to_claim(point, None).await,
         },
         Point::ANSWERS_RECORDED
         | Point::ACKNOWLEDGE_BEFORE_COMMIT
@@ -176,11 +177,17 @@ async fn busy(engines: Engines, party: Party, point: Point, nth: u32) {
 }
 
 /// The service dies with deliveries in its memory that confirms have leased to it, and again
-/// when it claims what those leases have left.
-async fn left_to_claim(point: Point) {
+/// when it claims what those leases have left. Either it comes back after that, or another one,
+/// which stood still until then, does the rest alone.
+pub(crate) async fn left_to_claim(point: Point, other: Option<&str>) {
     let mut world = World::new(Engines::Production).await;
+    world.replicated = other.is_some();
     let handed = Point::RELAY_HANDED;
     world.start_to_die(Party::Service, handed, 1).await;
+    if let Some(other) = other {
+        world.start_replica(other).await;
+        world.process(other).signal(Signal::SIGSTOP);
+    }
     world.start_all().await;
     let payments = world.payments();
     let orders = orders("a", ORDERS);
@@ -214,7 +221,10 @@ async fn left_to_claim(point: Point) {
             false => assert_eq!(claimed, 0, "the claim was not committed"),
         }
         db.close().await;
-        world.start(Party::Service).await;
+        match other {
+            Some(other) => world.process(other).signal(Signal::SIGCONT),
+            None => world.start(Party::Service).await,
+        }
     };
     let (paid, ()) = tokio::join!(payments.pay_all(&orders), deaths);
     assert_eq!(paid, (20, 5));
