@@ -25,7 +25,10 @@ impl OnPostgres {
 
     /// Whether somebody waits for a lock on a table.
     async fn somebody_waits(&self) -> bool {
-        sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+        // The server is shared, and others may well wait in their databases.
+        let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity
+                                   WHERE wait_event_type = 'Lock' AND datname = current_database())";
+        sqlx::query_scalar(sql)
             .fetch_one(&mut self.by_hand().await)
             .await
             .unwrap()
