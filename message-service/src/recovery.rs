@@ -123,28 +123,37 @@ impl Recovery {
     /// Looks until stopped, when it is this process's turn.
     pub async fn run(self: Arc<Self>, turn: Turn, stop: CancellationToken) {
         let pace = Pace::new(self.settings.period, self.settings.seed);
-        pass::run("recovery", pace, &Notify::new(), &stop, || async {
-            // Asked by all, so that no outage of the store goes unnoticed by one of them.
-            let taken = turn.take().await.inspect_err(|_| self.distrust_silence());
-            if let Some(wait) = taken? {
-                return Ok(Next::NotBefore(wait));
-            }
-            loop {
-                let report = self.run_once().await?;
-                // Without progress another run would only find the same.
-                let more = report.more > 0 && report.settled > 0;
-                if !more || !turn.keep().await? {
-                    return Ok::<_, store::Error>(Next::Signal);
-                }
-                tokio::task::yield_now().await;
-            }
+        pass::run("recovery", pace, &Notify::new(), &stop, || {
+            self.take_turn(&turn)
         })
         .await;
+    }
+
+    async fn take_turn(&self, turn: &Turn) -> Result<Next, store::Error> {
+        // Asked by all, so that no outage of the store goes unnoticed by one of them.
+        let taken = turn.take().await.inspect_err(|_| self.distrust_silence());
+        if let Some(wait) = taken? {
+            return Ok(Next::NotBefore(wait));
+        }
+        loop {
+            let report = self.run_in(Some(turn)).await?;
+            // Without progress another run would only find the same.
+            let more = report.more > 0 && report.settled > 0;
+            if !more || !self.goes_on(Some(turn)).await? {
+                return Ok(Next::Signal);
+            }
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Looks at every subscription once. One that fails does not keep the others from their
     /// turn; the first error is returned.
     pub async fn run_once(&self) -> Result<Report, store::Error> {
+        self.run_in(None).await
+    }
+
+    /// Ends early if it depends on a turn, and that is another process's now.
+    async fn run_in(&self, turn: Option<&Turn>) -> Result<Report, store::Error> {
         let topology = self.topology.get();
         self.lock()
             .waiting_since
@@ -154,13 +163,16 @@ impl Recovery {
         for (name, subscription) in &topology.subscriptions {
             // Age has nothing to do with silence: an error of the one is no ground to distrust
             // the other.
-            match self.expire(name).await {
+            match self.expire(name, turn).await {
                 Ok(expired) => report.expired += expired,
                 Err(error) => drop(first_error.get_or_insert(error)),
             }
             if let Err(error) = self.look_at(name, &subscription.topic, &mut report).await {
                 self.distrust_silence();
                 first_error.get_or_insert(error);
+            }
+            if !self.goes_on(turn).await? {
+                break;
             }
         }
         first_error.map_or(Ok(report), Err)
@@ -199,16 +211,21 @@ impl Recovery {
         Ok(())
     }
 
-    async fn expire(&self, subscription: &str) -> Result<usize, store::Error> {
+    async fn expire(&self, subscription: &str, turn: Option<&Turn>) -> Result<usize, store::Error> {
         let mut expired = 0;
         loop {
             let slice = self.store.expire(subscription, SLICE).await?;
             expired += slice;
-            if slice < SLICE {
+            if slice < SLICE || !self.goes_on(turn).await? {
                 return Ok(expired);
             }
             tokio::task::yield_now().await;
         }
+    }
+
+    async fn goes_on(&self, turn: Option<&Turn>) -> Result<bool, store::Error> {
+        let Some(turn) = turn else { return Ok(true) };
+        turn.keep().await.inspect_err(|_| self.distrust_silence())
     }
 
     /// Grace begins again: the store was away, and with it the answers.

@@ -137,16 +137,20 @@ impl Retention {
     /// Removes until stopped, when it is this process's turn.
     pub async fn run(self: Arc<Self>, turn: Turn, stop: CancellationToken) {
         let pace = Pace::new(self.settings.period, self.settings.seed);
-        pass::run("retention", pace, &Notify::new(), &stop, || async {
-            if let Some(wait) = turn.take().await? {
-                // When it is this process's turn, there is something to compare the clock with.
-                self.believed();
-                return Ok(Next::NotBefore(wait));
-            }
-            self.run_in(Some(&turn)).await?;
-            Ok::<_, store::Error>(Next::Signal)
+        pass::run("retention", pace, &Notify::new(), &stop, || {
+            self.take_turn(&turn)
         })
         .await;
+    }
+
+    async fn take_turn(&self, turn: &Turn) -> Result<Next, store::Error> {
+        if let Some(wait) = turn.take().await? {
+            // When it is this process's turn, there is something to compare the clock with.
+            self.believed();
+            return Ok(Next::NotBefore(wait));
+        }
+        self.run_in(Some(turn)).await?;
+        Ok(Next::Signal)
     }
 
     /// Opens buckets, then removes what may go, slice by slice, so that calls come in between.

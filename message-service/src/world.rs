@@ -2,6 +2,7 @@
 //! outages on request.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -55,6 +56,8 @@ impl World {
             store: Arc::new(Unsteady {
                 store,
                 down: Mutex::default(),
+                turn_is_anothers: AtomicBool::default(),
+                turn_is_lost: AtomicBool::default(),
                 calls: Mutex::default(),
             }),
             clock,
@@ -210,6 +213,10 @@ impl Broker for Signals {
 pub(crate) struct Unsteady {
     store: SqliteStore,
     down: Mutex<BTreeSet<&'static str>>,
+    /// No turn can be taken.
+    pub(crate) turn_is_anothers: AtomicBool,
+    /// What was taken cannot be kept.
+    pub(crate) turn_is_lost: AtomicBool,
     calls: Mutex<BTreeMap<&'static str, usize>>,
 }
 
@@ -263,6 +270,15 @@ macro_rules! passed_on {
                 self.store.close().await;
             }
 
+            async fn take_turn(&self, turn: TakeTurn) -> Result<Option<Duration>, Error> {
+                self.enter("take_turn")?;
+                let another = match turn.again {
+                    true => self.turn_is_lost.load(Ordering::SeqCst),
+                    false => self.turn_is_anothers.load(Ordering::SeqCst),
+                };
+                Ok(another.then_some(turn.period))
+            }
+
             $(async fn $name(&self, $($argument: $type),*) -> Result<$value, Error> {
                 self.enter(stringify!($name))?;
                 self.store.$name($($argument),*).await
@@ -307,7 +323,6 @@ passed_on! {
     fn retire(cutoff: Timestamp) -> Retired;
     fn backlog_bytes() -> u64;
     fn announce(presence: Presence) -> Heard;
-    fn take_turn(turn: TakeTurn) -> Option<Duration>;
     fn leave(id: Uuid) -> ();
     fn replicas() -> Vec<ReplicaView>;
     fn counts() -> Counts;

@@ -1,6 +1,7 @@
 //! Who calls: merchants that ask payment, and producers and consumers that speak the contract
 //! by hand.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
@@ -149,6 +150,24 @@ impl Payments {
         let paid = statuses.iter().filter(|s| **s == PaymentStatus::Paid);
         let paid = paid.count();
         (paid, statuses.len() - paid)
+    }
+}
+
+/// Orders between two looks at whether the load is over.
+const ROUND: usize = 50;
+
+impl Payments {
+    /// Pays until the load is over, and returns how many orders were asked for; every fifth is
+    /// refused.
+    pub async fn pay_until(&self, over: &Cell<bool>) -> usize {
+        let mut rounds = 0;
+        while !over.get() {
+            let orders = orders(&format!("a{rounds}"), ROUND);
+            let paid = self.pay_all(&orders).await;
+            assert_eq!(paid, (ROUND * 4 / 5, ROUND / 5));
+            rounds += 1;
+        }
+        rounds * ROUND
     }
 }
 

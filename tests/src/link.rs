@@ -103,7 +103,7 @@ impl World {
 }
 
 /// The address in a URL.
-fn host_of(url: &str) -> SocketAddr {
+pub(crate) fn host_of(url: &str) -> SocketAddr {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
     let host = rest

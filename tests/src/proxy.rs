@@ -136,6 +136,12 @@ impl Proxy {
         self.faults.send_modify(|faults| faults.refuses = all);
     }
 
+    /// Ends no connection for a reply any more that has not come.
+    pub fn spares_the_next_reply(&self) {
+        self.faults
+            .send_modify(|faults| faults.ends_before_reply = false);
+    }
+
     /// Closes every connection that there is.
     pub fn cuts(&self) {
         self.ends(End::Closed);
@@ -395,14 +401,20 @@ mod tests {
     async fn replies_to_some_requests_are_lost_and_to_others_are_not() {
         let (proxy, mut stream) = linked().await;
         assert_eq!(proxy.harmed(), 0);
-        proxy.cuts_before_replies_to(Some(b"COMMIT"));
-        assert_eq!(says(&mut stream, "BEGIN").await.unwrap(), "BEGIN");
-        assert_eq!(says(&mut stream, "a COMMIT").await.unwrap_or_default(), "");
+        proxy.cuts_before_replies_to(Some(b"COMMIT\0"));
+        for other in ["READ COMMITTED\0", "BEGIN\0"] {
+            assert_eq!(says(&mut stream, other).await.unwrap(), other);
+        }
+        let carried = proxy.carried(Way::There);
+        assert_eq!(
+            says(&mut stream, "a COMMIT\0").await.unwrap_or_default(),
+            ""
+        );
         assert_eq!(proxy.harmed(), 1);
-        assert_eq!(proxy.carried(Way::There), 18);
+        assert_eq!(proxy.carried(Way::There), carried + 9);
         proxy.cuts_before_replies_to(None);
         let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
-        assert_eq!(says(&mut stream, "COMMIT").await.unwrap(), "COMMIT");
+        assert_eq!(says(&mut stream, "COMMIT\0").await.unwrap(), "COMMIT\0");
     }
 
     #[tokio::test]

@@ -21,13 +21,13 @@ use crate::clients::{Payments, Raw};
 use crate::config::{Config, STEP_MS};
 use crate::database::{Database, number};
 use crate::home::{Engines, Home, Servers};
-use crate::link::Link;
+use crate::link::{Link, host_of};
 use crate::process::Process;
 use crate::proxy::Proxy;
 use crate::wait::eventually;
 
 /// What a merchant and its users have at first, in minor units.
-pub const BALANCE: i64 = 1_000_000;
+pub const BALANCE: i64 = 100_000_000;
 /// The user whom the world makes rich.
 pub const USER: &str = "ada";
 /// A user with an account and nothing in it.
@@ -218,13 +218,8 @@ impl World {
     /// A proxy on a service's way to RabbitMQ, and the URL of RabbitMQ by way of it.
     pub async fn proxied_rabbitmq(&self) -> (Proxy, String) {
         let (url, _) = self.rabbitmq();
-        let parts = url.split_once('@').and_then(|(user, rest)| {
-            let (host, path) = rest.split_once('/')?;
-            Some((user, host.parse().ok()?, path))
-        });
-        let (user, server, path) = parts.expect("amqp://user@address/path");
-        let proxy = Proxy::start(server).await;
-        let url = format!("{user}@{}/{path}", proxy.address());
+        let proxy = Proxy::start(host_of(&url)).await;
+        let url = url.replace(&host_of(&url).to_string(), &proxy.address().to_string());
         (proxy, url)
     }
 
@@ -306,6 +301,7 @@ impl World {
         command.args(arguments);
         self.spawn(name, command);
         self.until_serving(name, REPLICA_PORT).await;
+        assert!(self.runs(name), "{name} ended at its start");
     }
 
     /// Kills the process of this name with SIGKILL.

@@ -1,3 +1,5 @@
+use std::sync::atomic::Ordering;
+
 use super::*;
 use crate::message::{AnswerKind, DeliveryPolicy, DeliveryState};
 use crate::store::{DeliveryClaim, Lane, Sent};
@@ -218,4 +220,57 @@ async fn what_is_older_than_max_age_is_dead() {
     // Both subscriptions, in slices.
     assert_eq!(scene.round().await.expired, 1_400);
     assert_eq!(scene.world.delivery(1).await.state, DeliveryState::Dead);
+}
+
+/// A turn that is asked for again after every step.
+fn turn(scene: &Scene) -> Turn {
+    let replica = uuid::Uuid::from_u128(1);
+    Turn::new(
+        scene.world.store.clone(),
+        store::Shared::Recovery,
+        replica,
+        Duration::ZERO,
+    )
+}
+
+#[tokio::test]
+async fn who_has_not_the_turn_looks_at_nothing() {
+    let scene = scene().await;
+    let store = &scene.world.store;
+    store.turn_is_anothers.store(true, Ordering::SeqCst);
+    let next = scene.recovery.take_turn(&turn(&scene)).await.unwrap();
+    assert_eq!(next, Next::NotBefore(Duration::ZERO));
+    assert_eq!((store.calls("overdue"), store.calls("expire")), (0, 0));
+    store.turn_is_anothers.store(false, Ordering::SeqCst);
+    let next = scene.recovery.take_turn(&turn(&scene)).await.unwrap();
+    assert_eq!(next, Next::Signal);
+    assert_eq!((store.calls("overdue"), store.calls("expire")), (2, 2));
+}
+
+#[tokio::test]
+async fn who_loses_the_turn_leaves_the_rest() {
+    let scene = scene().await;
+    let store = &scene.world.store;
+    store.turn_is_lost.store(true, Ordering::SeqCst);
+    let next = scene.recovery.take_turn(&turn(&scene)).await.unwrap();
+    assert_eq!(next, Next::Signal);
+    assert_eq!(store.calls("overdue"), 1, "of two subscriptions");
+}
+
+#[tokio::test]
+async fn an_outage_that_only_the_turn_has_met_begins_grace_again() {
+    let scene = scene().await;
+    scene.world.publish([1]).await;
+    scene.send().await;
+    scene.broker.gone.lock().unwrap().insert(id(1));
+    scene.pass(60);
+    let turn = turn(&scene);
+    scene.world.store.fail(&["take_turn"]);
+    scene.recovery.take_turn(&turn).await.unwrap_err();
+    scene.world.store.heal();
+    scene.recovery.take_turn(&turn).await.unwrap();
+    assert_eq!(scene.world.delivery(1).await.state, DeliveryState::Sent);
+    scene.pass(31);
+    scene.recovery.take_turn(&turn).await.unwrap();
+    assert_eq!(scene.world.delivery(1).await.state, DeliveryState::Pending);
 }

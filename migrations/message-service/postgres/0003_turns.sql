@@ -1,6 +1,6 @@
 -- Whose turn it is to run a pass that one process runs for all.
 
--- One row per such pass. Who moves `due_at` forward has the turn; when it has come, the next one
+-- One row per such pass, made by who asks first. Who moves `due_at` forward has the turn; when it has come, the next one
 -- may take it, so a process that died or stands still holds nobody up for longer than that.
 CREATE TABLE turn (
     pass     text        NOT NULL COLLATE "C" PRIMARY KEY,
@@ -10,7 +10,3 @@ CREATE TABLE turn (
     -- How many turns there were.
     taken    bigint      NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
-
--- All are due at once.
-INSERT INTO turn (pass, due_at)
-VALUES ('recovery', to_timestamp(0)), ('retention', to_timestamp(0));

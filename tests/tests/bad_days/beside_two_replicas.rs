@@ -1,4 +1,4 @@
-//! A server that all depend on is killed, restarted and frozen under load, with two message
+//! A server that all depend on is killed and restarted under load, RabbitMQ also frozen, with two message
 //! services: what was told to a merchant is what happened, and all is finished soon after.
 
 use std::time::{Duration, Instant};
@@ -71,12 +71,13 @@ async fn suffers<S: Send + 'static>(world: &World, mut server: S, steps: &Steps<
                 tokio::time::sleep(MEANWHILE).await;
             }
             merchants.stop();
-            let began = Instant::now();
-            world.drained_within(FINISHED).await;
-            eprintln!("{name}: finished after {:?}", began.elapsed());
             server
         };
         (server, ()) = tokio::join!(happens, merchants.ask(name));
+        // Whoever asked has been told by now, or has gone away.
+        let over = Instant::now();
+        world.drained_within(FINISHED).await;
+        eprintln!("{name}: finished after {:?}", over.elapsed());
     }
     let books = world.drained().await;
     let history = merchants.into_history();

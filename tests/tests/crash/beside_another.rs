@@ -11,13 +11,13 @@ use handfast_tests::clients::{Payments, Raw, message, orders};
 use handfast_tests::{Engines, Floor, Party, World};
 
 use crate::every_point::{each_of, left_to_claim};
+use crate::two_replicas::REPLICA;
 
 /// Worlds that are broken at the same time.
 const WORLDS: usize = 3;
 /// Orders of one round; every fifth is refused.
 const ROUND: usize = 25;
 const SOON: Duration = Duration::from_secs(30);
-const REPLICA: &str = "replica";
 
 #[tokio::test]
 async fn a_process_may_die_at_every_durable_step_beside_another_replica() {

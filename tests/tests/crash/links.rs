@@ -21,6 +21,10 @@ const BEAT: Duration = Duration::from_millis(100);
 /// this time.
 const FINISHED: Duration = Duration::from_secs(60);
 
+/// The end of the message by which a client of PostgreSQL asks to commit, and of no other: BEGIN
+/// names `READ COMMITTED`, and a verdict is `COMMITTED`.
+const COMMIT: &[u8] = b"COMMIT\0";
+
 /// What the network does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
@@ -80,7 +84,10 @@ async fn fails(link: Link) {
         let name = format!("{link:?} {fault:?}");
         let unharmed = proxy.harmed();
         let suffering = suffers(&world, &merchants, (link, &proxy), fault);
-        let (took, ()) = tokio::join!(suffering, merchants.ask(&name));
+        let (over, ()) = tokio::join!(suffering, merchants.ask(&name));
+        // Whoever asked has been told by now, or has gone away.
+        world.drained_within(FINISHED).await;
+        let took = over.elapsed();
         let harmed = proxy.harmed() - unharmed;
         eprintln!("{link:?}, {fault:?}: {harmed} times, finished after {took:?}");
         assert!(harmed > 0, "{link:?} did not meet {fault:?}");
@@ -103,13 +110,13 @@ async fn fails(link: Link) {
     }
 }
 
-/// The fault comes and goes, and everything is finished.
+/// The fault comes and goes. Returns when it went.
 async fn suffers(
     world: &World,
     merchants: &Merchants,
     (link, proxy): (Link, &Proxy),
     fault: Fault,
-) -> Duration {
+) -> Instant {
     let before = proxy.carried(Way::Back);
     eventually(format!("{link:?} is in use"), FINISHED, async || {
         let carried = proxy.carried(Way::Back);
@@ -127,13 +134,12 @@ async fn suffers(
         }
         Fault::Flapping => beats(|| proxy.resets()).await,
         Fault::LostReplies => beats(|| proxy.cuts_before_the_next_reply()).await,
-        Fault::LostCommits => proxy.cuts_before_replies_to(Some(b"COMMIT")),
+        Fault::LostCommits => proxy.cuts_before_replies_to(Some(COMMIT)),
         Fault::Delay => proxy.delays(BEAT),
         Fault::HalfClosed(way) => proxy.half_closes(way, true),
     }
     tokio::time::sleep(FAULT).await;
     merchants.stop();
-    let began = Instant::now();
     // Who has another way to go does not wait for the mend.
     if matches!(link, Link::Messages | Link::Store | Link::Broker) {
         world.drained_within(FINISHED).await;
@@ -150,10 +156,10 @@ async fn suffers(
             proxy.half_closes(way, false);
             proxy.cuts();
         }
-        Fault::Reset | Fault::Flapping | Fault::LostReplies => {}
+        Fault::LostReplies => proxy.spares_the_next_reply(),
+        Fault::Reset | Fault::Flapping => {}
     }
-    world.drained_within(FINISHED).await;
-    began.elapsed()
+    Instant::now()
 }
 
 /// Does it ten times.

@@ -13,11 +13,12 @@ use nix::sys::signal::Signal;
 use crate::two_replicas::{REPLICA, rewarded};
 
 const ROUND: usize = 50;
+const SOON: Duration = Duration::from_secs(20);
 /// More than three leases of the test timers.
 const FREEZE: Duration = Duration::from_secs(7);
 
 #[tokio::test]
-async fn an_upgrade_one_by_one_under_load_loses_nothing_and_repeats_nothing() {
+async fn an_upgrade_one_by_one_under_load_loses_nothing_and_does_nothing_twice() {
     let mut world = World::new(Engines::Production).await;
     world.replicated = true;
     world.program = previous().await;
@@ -27,16 +28,6 @@ async fn an_upgrade_one_by_one_under_load_loses_nothing_and_repeats_nothing() {
     world.start_all().await;
     let payments = world.payments();
     let over = Cell::new(false);
-    let load = async {
-        let mut rounds = 0;
-        while !over.get() {
-            let orders = orders(&format!("a{rounds}"), ROUND);
-            let paid = payments.pay_all(&orders).await;
-            assert_eq!(paid, (ROUND * 4 / 5, ROUND / 5));
-            rounds += 1;
-        }
-        rounds * ROUND
-    };
     let upgrade = async {
         rewarded(&world, 100).await;
         // It brings the schema up to date under the one that goes on.
@@ -62,7 +53,7 @@ async fn an_upgrade_one_by_one_under_load_loses_nothing_and_repeats_nothing() {
         rewarded(&world, 100).await;
         over.set(true);
     };
-    let (orders, ()) = tokio::join!(load, upgrade);
+    let (orders, ()) = tokio::join!(payments.pay_until(&over), upgrade);
     let books = world.drained().await;
     books.hold(Floor {
         paid: orders * 4 / 5,
@@ -75,26 +66,31 @@ async fn an_upgrade_one_by_one_under_load_loses_nothing_and_repeats_nothing() {
 }
 
 #[tokio::test]
-async fn producers_and_consumers_of_the_previous_version_go_on_beside_a_new_service() {
+async fn producers_and_consumers_of_both_versions_go_on_with_what_the_others_held() {
     let mut world = World::new(Engines::Production).await;
     world.start(Party::Service).await;
     world.program = previous().await;
-    for party in [Party::Payment, Party::Accounting, Party::Points] {
-        world.start(party).await;
-    }
+    world.start_all().await;
     let payments = world.payments();
-    assert_eq!(payments.pay_all(&orders("a", ROUND)).await, (40, 10));
-    // What it had held, the new ones of its kind go on with, and the other way round.
-    world.program = handfast();
-    for party in [Party::Payment, Party::Accounting, Party::Points] {
-        world.crash(party).await;
-        let prefix = format!("b-{}", party.name());
-        assert_eq!(payments.pay_all(&orders(&prefix, ROUND)).await, (40, 10));
+    let mut orders_so_far = 0;
+    // The new ones come, and then the old ones again.
+    for (version, program) in [("new", handfast()), ("old", previous().await)] {
+        for party in [Party::Payment, Party::Accounting, Party::Points] {
+            world.program = program.clone();
+            let orders = orders(&format!("{version}-{}", party.name()), ROUND);
+            let changes = async {
+                rewarded(&world, ROUND / 5).await;
+                world.crash(party).await;
+            };
+            let (paid, ()) = tokio::join!(payments.pay_all(&orders), changes);
+            assert_eq!(paid, (ROUND * 4 / 5, ROUND / 5));
+            orders_so_far += ROUND;
+        }
     }
     let books = world.drained().await;
     books.hold(Floor {
-        paid: 160,
-        refused: 40,
+        paid: orders_so_far * 4 / 5,
+        refused: orders_so_far / 5,
         ..Floor::default()
     });
 }
@@ -104,11 +100,11 @@ async fn a_service_of_the_previous_version_refuses_the_new_schema_in_one_line() 
     let mut world = World::new(Engines::Production).await;
     world.start(Party::Service).await;
     world.program = previous().await;
-    let mut old = world.replica();
-    let refused = tokio::task::spawn_blocking(move || old.output()).await;
-    let refused = refused.unwrap().unwrap();
-    assert_eq!(refused.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&refused.stderr);
+    let command = world.replica();
+    world.spawn("old", command);
+    let ended = world.process("old").end(SOON).await;
+    assert_eq!(ended.code(), Some(1));
+    let said = std::fs::read_to_string(world.file("old.log")).unwrap();
     assert_eq!(said.trim().lines().count(), 1, "{said}");
     assert!(said.contains("use the newer"), "{said}");
 }

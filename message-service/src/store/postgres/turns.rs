@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::lanes::{Replies, Work};
 use super::rows::get;
-use super::session::Session;
+use super::session::{Session, Trouble, trouble};
 use super::time::span;
 use crate::store::TakeTurn;
 use crate::store::kind::Kind;
@@ -34,7 +34,11 @@ impl Work for Turns {
     ) -> Result<Replies<Option<Duration>>, sqlx::Error> {
         let mut replies = Vec::with_capacity(calls.len());
         for call in calls {
-            replies.push(Ok(take(db, call).await?));
+            replies.push(Ok(match take(db, call).await {
+                // Somebody takes it at this moment, and his commit is slow.
+                Err(error) if trouble(&error) == Trouble::Locked => Some(call.period),
+                taken => taken?,
+            }));
         }
         Ok(replies)
     }
@@ -74,8 +78,22 @@ async fn take(db: &mut Session, turn: &TakeTurn) -> Result<Option<Duration>, sql
             |query| query.bind(turn.pass.name()),
         )
         .await?;
-    let seconds = rows.first().map(|row| get::<f64>(row, "seconds"));
-    let until = Duration::try_from_secs_f64(seconds.transpose()?.unwrap_or(0.0));
+    let Some(row) = rows.first() else {
+        return first(db, turn).await;
+    };
+    let until = Duration::try_from_secs_f64(get(row, "seconds")?);
     // What is due by now somebody else may have taken; a clock that jumps is not waited for.
     Ok(Some(until.unwrap_or_default().min(turn.period)))
+}
+
+/// The pass was never due before: it is from now on, for whoever asks first.
+async fn first(db: &mut Session, turn: &TakeTurn) -> Result<Option<Duration>, sqlx::Error> {
+    db.fetch(
+        "-- a pass is due for the first time
+         INSERT INTO turn (pass, due_at) VALUES ($1, to_timestamp(0))
+         ON CONFLICT (pass) DO NOTHING",
+        |query| query.bind(turn.pass.name()),
+    )
+    .await?;
+    Ok(Some(Duration::ZERO))
 }

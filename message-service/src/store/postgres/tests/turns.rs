@@ -14,11 +14,22 @@ fn turn(pass: Shared, n: u128) -> TakeTurn {
     }
 }
 
+/// A store whose passes were asked for before.
+async fn ready_for(harness: &OnPostgres) -> &Arc<PostgresStore> {
+    for pass in Shared::ALL {
+        let first = harness.store.take_turn(turn(pass, 9)).await.unwrap();
+        assert_eq!(first, Some(Duration::ZERO));
+    }
+    &harness.store
+}
+
 #[tokio::test]
 async fn one_process_has_the_turn_and_the_others_learn_when_the_next_is() {
     let harness = open_with_clock().await;
     let (store, another) = (&harness.store, harness.another().await);
     for pass in Shared::ALL {
+        let first = store.take_turn(turn(pass, 1)).await.unwrap();
+        assert_eq!(first, Some(Duration::ZERO), "it is there from now on");
         assert_eq!(store.take_turn(turn(pass, 1)).await.unwrap(), None);
         for n in [1, 2] {
             let wait = another.take_turn(turn(pass, n)).await.unwrap().unwrap();
@@ -34,7 +45,7 @@ async fn one_process_has_the_turn_and_the_others_learn_when_the_next_is() {
 #[tokio::test]
 async fn who_has_the_turn_keeps_it_until_it_is_another_ones() {
     let harness = open_with_clock().await;
-    let store = &harness.store;
+    let store = ready_for(&harness).await;
     let again = |n| TakeTurn {
         again: true,
         ..turn(Shared::Retention, n)
@@ -59,7 +70,7 @@ async fn who_has_the_turn_keeps_it_until_it_is_another_ones() {
 #[tokio::test]
 async fn a_turn_that_is_too_far_away_is_due() {
     let harness = open_with_clock().await;
-    let store = &harness.store;
+    let store = ready_for(&harness).await;
     let turn = turn(Shared::Recovery, 1);
     harness
         .run("UPDATE turn SET due_at = now() + interval '1 hour'")
@@ -72,7 +83,7 @@ async fn a_turn_that_is_too_far_away_is_due() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_many_that_ask_at_once_one_gets_it() {
     let harness = open_with_clock().await;
-    let mut stores = vec![harness.store.clone()];
+    let mut stores = vec![ready_for(&harness).await.clone()];
     for _ in 0..3 {
         stores.push(harness.another().await);
     }
@@ -86,4 +97,16 @@ async fn of_many_that_ask_at_once_one_gets_it() {
         assert_eq!(taken.count(), 1, "{answers:?}");
         harness.pass(PERIOD).await;
     }
+}
+
+#[tokio::test]
+async fn a_turn_that_somebody_takes_slowly_is_another_ones() {
+    let harness = open_with_clock().await;
+    let store = ready_for(&harness).await;
+    let mut slow = harness.by_hand().await;
+    run(&mut slow, "BEGIN; SELECT FROM turn FOR UPDATE").await;
+    let recovery = turn(Shared::Recovery, 1);
+    assert_eq!(store.take_turn(recovery).await.unwrap(), Some(PERIOD));
+    run(&mut slow, "COMMIT").await;
+    assert_eq!(store.take_turn(recovery).await.unwrap(), None);
 }
