@@ -8,7 +8,7 @@
 //! In reading order: `names`, `wire` (the contract) · `link` (a supervised connection) ·
 //! `publish` (one batch, and what is known after it) · `queues` (what is known of each queue) ·
 //! `flight` (a batch with its leases) · `lane` (fresh, drain) · `probation` (what must go alone)
-//! · `sent` · `declare`, `look` (the queues themselves) · `answers`.
+//! · `sent` · `declare`, `look` (the queues themselves) · `answers` · `publisher` (for benchmarks).
 
 mod answers;
 mod declare;
@@ -20,6 +20,7 @@ mod look;
 mod names;
 mod probation;
 mod publish;
+mod publisher;
 mod queues;
 mod sent;
 mod wire;
@@ -39,6 +40,7 @@ use uuid::Uuid;
 
 pub use link::Addresses;
 pub use names::{Names, RESERVED};
+pub use publisher::Publisher;
 
 use super::handoff::Handoffs;
 use super::{AnswerSink, AnswerState, Broker, BrokerState, Permit, QueueState};

@@ -1,0 +1,119 @@
+//! What Handfast costs over the servers it runs on, and whether it stays there.
+//!
+//! In reading order: `servers` (what it runs on) · `place` (the databases and names of one run) ·
+//! `topology` · `bare` (the same work without a service) · `handfast` (the service as its own
+//! process, and the SDKs) · `rounds` (who is measured when, and the median) · `usage` (CPU, WAL,
+//! memory) · a file per mode.
+
+mod bare;
+mod handfast;
+mod latency;
+mod options;
+mod pipeline;
+mod place;
+mod rounds;
+mod servers;
+mod topology;
+mod usage;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use clap::error::ErrorKind;
+
+/// Called wrongly; 1 is left for what was called rightly and failed.
+const USAGE: u8 = 2;
+/// As a shell says it of what Ctrl-C has ended.
+const INTERRUPTED: u8 = 130;
+
+/// Load and comparison. Rounds alternate, the first is dropped, the median counts.
+#[derive(Debug, clap::Parser)]
+#[command(
+    name = "bench",
+    after_help = "Examples:\n  cargo run --release -p bench -- pipeline\n  \
+        cargo run --release -p bench -- latency --rate 1000 --json"
+)]
+struct Cli {
+    #[command(subcommand)]
+    mode: Mode,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Mode {
+    /// The bare pipeline beside Handfast: messages per second, and their ratio
+    Pipeline(pipeline::Args),
+    /// From the scheduled time of a confirm to the handler, at a fixed rate
+    Latency(latency::Args),
+    /// The message service of a run
+    #[command(name = handfast::SUBCOMMAND, hide = true)]
+    Service {
+        /// Its configuration
+        config: PathBuf,
+    },
+}
+
+/// Why a run failed: one line with what was attempted.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Failure(String);
+
+impl Failure {
+    /// What was attempted, for the error of it.
+    fn of<E: std::fmt::Display>(doing: &str) -> impl Fn(E) -> Self {
+        move |error| Self(format!("cannot {doing}: {error}"))
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return not_run(&error),
+    };
+    let done = match cli.mode {
+        Mode::Pipeline(args) => on_a_runtime(pipeline::run(args)),
+        Mode::Latency(args) => on_a_runtime(latency::run(args)),
+        Mode::Service { config } => on_a_runtime(handfast::serve(config)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(None) => {
+            eprintln!("interrupted");
+            ExitCode::from(INTERRUPTED)
+        }
+        Err(Some(Failure(line))) => {
+            eprintln!("error: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Help is no error; everything else is one line.
+fn not_run(error: &clap::Error) -> ExitCode {
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    ) {
+        print!("{error}");
+        return ExitCode::SUCCESS;
+    }
+    let text = error.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    let line = line.strip_prefix("error: ").unwrap_or(line);
+    eprintln!("error: {line}; try --help");
+    ExitCode::from(USAGE)
+}
+
+/// Runs it to its end, or until Ctrl-C, which drops it with all that it started.
+fn on_a_runtime(run: impl Future<Output = Result<(), Failure>>) -> Result<(), Option<Failure>> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Some(Failure(format!("cannot start the runtime: {error}"))))?;
+    runtime.block_on(async {
+        tokio::select! {
+            done = run => done.map_err(Some),
+            _ = tokio::signal::ctrl_c() => Err(None),
+        }
+    })
+}

@@ -1,0 +1,120 @@
+//! The databases and names of one run: new ones each time, so that every round meets the same.
+
+use lapin::options::QueueDeleteOptions;
+use lapin::{Connection, ConnectionProperties};
+use sqlx::{AssertSqlSafe, Executor as _};
+use uuid::Uuid;
+
+use crate::Failure;
+use crate::servers::Servers;
+
+/// Where one run happens.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// The service's database.
+    pub(crate) store: String,
+    /// The consumers' database.
+    pub(crate) inbox: String,
+    pub(crate) amqp: String,
+    /// What every name in RabbitMQ begins with.
+    pub(crate) deployment: String,
+}
+
+impl Place {
+    /// Makes the databases.
+    pub(crate) async fn make(servers: &Servers) -> Result<Self, Failure> {
+        let name = format!("bench_{}", &Uuid::new_v4().simple().to_string()[..12]);
+        let mut admin = servers.admin().await?;
+        for database in databases(&name) {
+            admin
+                .execute(AssertSqlSafe(format!("CREATE DATABASE {database}")))
+                .await
+                .map_err(Failure::of("create a database"))?;
+        }
+        let [store, inbox] = databases(&name).map(|database| url_of(&servers.postgres, &database));
+        Ok(Self {
+            store,
+            inbox,
+            amqp: servers.amqp.clone(),
+            deployment: name,
+        })
+    }
+
+    /// Removes what it made, and the queues of these subscriptions.
+    pub(crate) async fn remove(
+        self,
+        servers: &Servers,
+        subscriptions: &[String],
+    ) -> Result<(), Failure> {
+        let connection = connect(&self.amqp).await?;
+        let own = ["acknowledge", "mark"].map(str::to_owned);
+        for name in own.iter().chain(subscriptions) {
+            let queue = self.queue(name);
+            let channel = connection.create_channel().await;
+            let channel = channel.map_err(Failure::of("open a channel"))?;
+            let options = QueueDeleteOptions::default();
+            channel
+                .queue_delete(queue.as_str().into(), options)
+                .await
+                .map_err(Failure::of("delete a queue"))?;
+        }
+        let _ = connection.close(200, "done".into()).await;
+        let mut admin = servers.admin().await?;
+        for database in databases(&self.deployment) {
+            let drop = format!("DROP DATABASE {database} WITH (FORCE)");
+            admin
+                .execute(AssertSqlSafe(drop))
+                .await
+                .map_err(Failure::of("drop a database"))?;
+        }
+        Ok(())
+    }
+
+    /// The queue of a subscription.
+    pub(crate) fn queue(&self, subscription: &str) -> String {
+        format!("{}.{subscription}", self.deployment)
+    }
+}
+
+/// A connection to RabbitMQ.
+pub(crate) async fn connect(amqp: &str) -> Result<Connection, Failure> {
+    Connection::connect(amqp, ConnectionProperties::default())
+        .await
+        .map_err(Failure::of("connect to RabbitMQ"))
+}
+
+fn databases(name: &str) -> [String; 2] {
+    [format!("{name}_store"), format!("{name}_inbox")]
+}
+
+/// The same server's URL of another database.
+fn url_of(url: &str, database: &str) -> String {
+    let (url, query) = match url.split_once('?') {
+        Some((url, query)) => (url, format!("?{query}")),
+        None => (url, String::new()),
+    };
+    let server = match url.split_once("://").map(|(_, rest)| rest.contains('/')) {
+        Some(true) => url.rsplit_once('/').map_or(url, |(server, _)| server),
+        _ => url,
+    };
+    format!("{server}/{database}{query}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_database_of_the_same_server() {
+        for (url, expected) in [
+            ("postgres://me@db:5432/one", "postgres://me@db:5432/two"),
+            ("postgres://me@db", "postgres://me@db/two"),
+            (
+                "postgres://db/one?sslmode=require",
+                "postgres://db/two?sslmode=require",
+            ),
+        ] {
+            assert_eq!(url_of(url, "two"), expected);
+        }
+    }
+}
