@@ -248,6 +248,31 @@ async fn the_console_lists_both_replicas_until_they_end() {
 }
 
 #[tokio::test]
+async fn a_new_topology_is_known_to_the_other_replica_within_two_seconds() {
+    const KNOWN: Duration = Duration::from_secs(2);
+    let mut world = World::bare(Engines::Production, Config::empty().publisher("source"));
+    world.start(Party::Service).await;
+    world.start_replica(REPLICA).await;
+    let producer = Producer::connect(world.replica_url(), "source").await;
+    let producer = producer.unwrap();
+    let novelty = Message::new("novelty");
+    producer.publish(&novelty).await.unwrap_err();
+    world.stop(Party::Service).await;
+    world.config = world.config.clone().topic_for_nobody("novelty");
+    world.config.version = 2;
+    world.start(Party::Service).await;
+    let applied = Instant::now();
+    eventually("the other one takes the new topic", SOON, async || {
+        let published = producer.publish(&novelty).await;
+        published.map(drop).map_err(|error| error.to_string())
+    })
+    .await;
+    let took = applied.elapsed();
+    eprintln!("known after {took:?}");
+    assert!(took <= KNOWN, "{took:?}");
+}
+
+#[tokio::test]
 async fn the_passes_run_once_per_interval_whichever_replica_is_left() {
     const WINDOW: Duration = Duration::from_secs(6);
     let mut world = World::bare(Engines::Production, Config::empty());
