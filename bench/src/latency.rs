@@ -63,6 +63,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     .map(|name| (name, Figures::default()))
     .into();
     for round in 0..=options.rounds {
+        eprintln!("round {round}: {} s", args.seconds);
         let (mut handled, mut prepared) = one_round(&servers, &args).await?;
         let figures = [
             at(&mut handled, 0.5),

@@ -54,6 +54,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let mut peak: f64 = 0.0;
     let mut rounds = Vec::new();
     for round in 0..=options.rounds {
+        eprintln!("round {round}: the bare pipeline, then handfast");
         let one = run_bare(&servers, &args).await?;
         let other = run_handfast(&servers, &args).await?;
         let dropped = if round == 0 { ", dropped" } else { "" };

@@ -32,6 +32,9 @@ impl Servers {
     /// Starts those that are not named.
     pub(crate) async fn start(options: &Options) -> Result<Self, Failure> {
         let (store, broker) = (options.store.clone(), options.broker.clone());
+        if store.is_none() || broker.is_none() {
+            eprintln!("starting throwaway servers");
+        }
         let started = tokio::task::spawn_blocking(move || start(store, broker)).await;
         started.map_err(Failure::of("start servers"))?
     }
