@@ -135,15 +135,15 @@ pub(super) const CONSUME: &str = "-- consume
     ), locked AS MATERIALIZED (
         SELECT d.message_id, d.subscription
           FROM input i
-          JOIN delivery d ON d.message_id = i.id AND d.subscription = i.subscription
+          JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = i.subscription
          WHERE d.state IN ('PENDING', 'SENT', 'DEAD', 'SKIPPED')
-         ORDER BY d.message_id, d.subscription FOR UPDATE OF d /* waits */
+         ORDER BY i.id, i.subscription FOR UPDATE OF d /* waits */
     )
     UPDATE delivery d
        SET state = 'CONSUMED', due_at = NULL, token = NULL,
            answered_at = clock_timestamp()
       FROM locked l
-     WHERE d.message_id = l.message_id AND d.subscription = l.subscription
+     WHERE d.message_id = ANY (ARRAY[l.message_id]) AND d.subscription = l.subscription
     RETURNING d.message_id, d.subscription";
 
 /// What the broker does not have, or has given back.
@@ -463,12 +463,13 @@ async fn look_again(
                      AS i(id, generation, due_at, wait)
              ), locked AS MATERIALIZED (
                  SELECT d.message_id, i.wait
-                   FROM input i JOIN delivery d ON d.message_id = i.id AND d.subscription = $1
+                   FROM input i
+                   JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = $1
                   WHERE d.state = 'SENT' AND d.generation = i.generation AND d.due_at = i.due_at
-                  ORDER BY d.message_id FOR UPDATE OF d /* waits */
+                  ORDER BY i.id FOR UPDATE OF d /* waits */
              )
              UPDATE delivery d SET due_at = clock_timestamp() + l.wait
-               FROM locked l WHERE d.message_id = l.message_id AND d.subscription = $1
+               FROM locked l WHERE d.message_id = ANY (ARRAY[l.message_id]) AND d.subscription = $1
              RETURNING d.message_id",
             |query| {
                 query

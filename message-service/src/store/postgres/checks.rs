@@ -134,7 +134,7 @@ pub(super) fn claim_sql() -> String {
               ORDER BY check_at, id LIMIT $2
          ), leased AS (
              UPDATE message m SET check_at = clock_timestamp() + $3, check_token = $4
-               FROM due d WHERE m.id = d.id
+               FROM due d WHERE m.id = ANY (ARRAY[d.id])
              RETURNING m.id, m.topic, m.key, m.fence, m.prepared_at, m.checks,
                        d.check_at AS was_due
          )
@@ -257,16 +257,16 @@ pub(super) const DECIDE: &str = "-- write verdicts
     WITH input AS MATERIALIZED (
         SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS i(id, token, state)
     ), locked AS MATERIALIZED (
-        SELECT i.* FROM input i JOIN message m ON m.id = i.id
-         WHERE m.state = 'PREPARED' AND m.check_token = i.token
-         ORDER BY m.id FOR UPDATE OF m /* waits */
+        SELECT i.* FROM input i JOIN message m ON m.id = ANY (ARRAY[i.id])
+         WHERE (m.state = 'PREPARED' AND m.check_token = i.token) IS TRUE
+         ORDER BY i.id FOR UPDATE OF m /* waits */
     ), decided AS (
         UPDATE message m
            SET state = l.state, decided_at = clock_timestamp(), decided_by = 'CHECK',
                check_at = NULL, check_token = NULL, checks = m.checks + 1, unresolved = false,
                unsubscribed = l.state = 'CONFIRMED' AND NOT EXISTS (
                    SELECT FROM subscription s WHERE s.topic = m.topic AND s.active)
-          FROM locked l WHERE m.id = l.id
+          FROM locked l WHERE m.id = ANY (ARRAY[l.id])
         RETURNING m.id, l.token, m.state, m.topic, m.deliver_after, m.decided_at
     ), deliveries AS (
         INSERT INTO delivery (message_id, subscription, state, due_at, confirmed_at)
@@ -347,14 +347,14 @@ const CHECK_LATER: &str = "-- check again later
                              $6::text[], $7::text[])
             AS i(id, token, wait, counts, unresolved, answer, flagged)
     ), locked AS MATERIALIZED (
-        SELECT i.* FROM input i JOIN message m ON m.id = i.id
-         WHERE m.state = 'PREPARED' AND m.check_token = i.token
-         ORDER BY m.id FOR UPDATE OF m /* waits */
+        SELECT i.* FROM input i JOIN message m ON m.id = ANY (ARRAY[i.id])
+         WHERE (m.state = 'PREPARED' AND m.check_token = i.token) IS TRUE
+         ORDER BY i.id FOR UPDATE OF m /* waits */
     ), written AS (
         UPDATE message m
            SET check_at = clock_timestamp() + l.wait, check_token = NULL,
                checks = m.checks + l.counts, unresolved = m.unresolved OR l.unresolved
-          FROM locked l WHERE m.id = l.id
+          FROM locked l WHERE m.id = ANY (ARRAY[l.id])
         RETURNING m.id, l.token, l.answer, l.flagged
     ), events AS (
         INSERT INTO message_event (message_id, at, kind, detail)

@@ -169,16 +169,16 @@ pub(super) fn decide_sql() -> String {
         WITH input AS MATERIALIZED (
             SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS i(id, producer, state)
         ), locked AS MATERIALIZED (
-            SELECT m.id, i.state FROM input i JOIN message m ON m.id = i.id
-             WHERE m.producer = i.producer AND m.state = 'PREPARED'
-             ORDER BY m.id FOR UPDATE OF m /* waits */
+            SELECT m.id, i.state FROM input i JOIN message m ON m.id = ANY (ARRAY[i.id])
+             WHERE (m.producer = i.producer AND m.state = 'PREPARED') IS TRUE
+             ORDER BY i.id FOR UPDATE OF m /* waits */
         ), decided AS (
             UPDATE message m
                SET state = l.state, decided_at = clock_timestamp(), decided_by = 'PRODUCER',
                    check_at = NULL, check_token = NULL, unresolved = false,
                    unsubscribed = l.state = 'CONFIRMED' AND NOT EXISTS (
                        SELECT FROM subscription s WHERE s.topic = m.topic AND s.active)
-              FROM locked l WHERE m.id = l.id
+              FROM locked l WHERE m.id = ANY (ARRAY[l.id])
             RETURNING m.id, m.state, m.topic, m.deliver_after, m.decided_at, m.producer, m.key,
                       m.bucket, m.body_bytes
         ), {fan_out}"
@@ -205,11 +205,11 @@ pub(super) async fn mark_conflicts(
              WITH input AS MATERIALIZED (
                  SELECT * FROM unnest($1::uuid[], $2::text[]) AS i(id, detail)
              ), locked AS MATERIALIZED (
-                 SELECT m.id, i.detail FROM input i JOIN message m ON m.id = i.id
+                 SELECT m.id, i.detail FROM input i JOIN message m ON m.id = ANY (ARRAY[i.id])
                   WHERE NOT m.conflict
-                  ORDER BY m.id FOR UPDATE OF m /* waits */
+                  ORDER BY i.id FOR UPDATE OF m /* waits */
              ), marked AS (
-                 UPDATE message m SET conflict = true FROM locked l WHERE m.id = l.id
+                 UPDATE message m SET conflict = true FROM locked l WHERE m.id = ANY (ARRAY[l.id])
                  RETURNING m.id, l.detail
              ), events AS (
                  INSERT INTO message_event (message_id, at, kind, detail)

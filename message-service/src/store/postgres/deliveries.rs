@@ -236,7 +236,7 @@ pub(super) fn claim_sql(which: Which) -> String {
              SELECT u.message_id, u.due_at, m.producer, m.topic, m.key, m.bucket, m.body_bytes
                FROM (SELECT * FROM free UNION ALL SELECT * FROM expired
                      UNION ALL SELECT * FROM far) u
-               JOIN message m ON m.id = u.message_id
+               JOIN message m ON m.id = ANY (ARRAY[u.message_id])
               ORDER BY u.due_at, u.message_id LIMIT $2
          ), taken AS MATERIALIZED (
              SELECT * FROM (SELECT due.*, row_number() OVER nearest AS nth,
@@ -250,7 +250,8 @@ pub(super) fn claim_sql(which: Which) -> String {
                 SET due_at = clock_timestamp() + $3, token = $6, generation = d.generation + 1,
                     sent_at = (SELECT now FROM t),
                     first_sent_at = coalesce(d.first_sent_at, (SELECT now FROM t))
-               FROM taken k WHERE d.message_id = k.message_id AND d.subscription = $1
+               FROM taken k
+              WHERE d.message_id = ANY (ARRAY[k.message_id]) AND d.subscription = $1
              RETURNING d.message_id, d.generation, d.sent_at, d.first_sent_at, k.producer,
                        k.topic, k.key, k.bucket, k.nth
          )
@@ -396,12 +397,13 @@ pub(super) const MARK_SENT: &str = "-- mark sent
             AS i(id, subscription, token, wait)
     ), locked AS MATERIALIZED (
         SELECT d.message_id, d.subscription, i.wait
-          FROM input i JOIN delivery d ON d.message_id = i.id AND d.subscription = i.subscription
-         WHERE d.state = 'PENDING' AND d.token = i.token
-         ORDER BY d.message_id, d.subscription FOR UPDATE OF d /* waits */
+          FROM input i JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = i.subscription
+         WHERE (d.state = 'PENDING' AND d.token = i.token) IS TRUE
+         ORDER BY i.id, i.subscription FOR UPDATE OF d /* waits */
     )
     UPDATE delivery d SET state = 'SENT', due_at = clock_timestamp() + l.wait, token = NULL
-      FROM locked l WHERE d.message_id = l.message_id AND d.subscription = l.subscription
+      FROM locked l
+     WHERE d.message_id = ANY (ARRAY[l.message_id]) AND d.subscription = l.subscription
     RETURNING d.message_id, d.subscription";
 
 const RENEW: &str = "-- renew leases
@@ -410,12 +412,13 @@ const RENEW: &str = "-- renew leases
             AS i(id, subscription, token, wait)
     ), locked AS MATERIALIZED (
         SELECT d.message_id, d.subscription, i.wait
-          FROM input i JOIN delivery d ON d.message_id = i.id AND d.subscription = i.subscription
-         WHERE d.state = 'PENDING' AND d.token = i.token
-         ORDER BY d.message_id, d.subscription FOR UPDATE OF d /* waits */
+          FROM input i JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = i.subscription
+         WHERE (d.state = 'PENDING' AND d.token = i.token) IS TRUE
+         ORDER BY i.id, i.subscription FOR UPDATE OF d /* waits */
     )
     UPDATE delivery d SET due_at = clock_timestamp() + l.wait
-      FROM locked l WHERE d.message_id = l.message_id AND d.subscription = l.subscription
+      FROM locked l
+     WHERE d.message_id = ANY (ARRAY[l.message_id]) AND d.subscription = l.subscription
     RETURNING d.message_id, d.subscription";
 
 /// Deliveries that are SENT and whose answer is overdue, oldest first.

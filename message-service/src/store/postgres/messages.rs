@@ -285,8 +285,8 @@ async fn check_at_once(db: &mut Session, holders: Vec<MessageId>) -> Result<(), 
         "-- check holders now
          WITH locked AS MATERIALIZED (
              SELECT m.id FROM message m
-              WHERE m.id = ANY($1) AND m.state = 'PREPARED' AND m.check_token IS NULL
-                AND m.check_at > clock_timestamp()
+              WHERE m.id = ANY($1) AND (m.state = 'PREPARED' AND m.check_token IS NULL
+                                         AND m.check_at > clock_timestamp()) IS TRUE
               ORDER BY m.id FOR UPDATE OF m /* waits */
          )
          UPDATE message m SET check_at = clock_timestamp() FROM locked l WHERE m.id = l.id

@@ -163,7 +163,7 @@ async fn read<'a>(
                     d.answered_generation, d.laters, d.stream_ends, d.confirmed_at, d.sent_at,
                     clock_timestamp() AS now
                FROM unnest($1::uuid[], $2::text[]) AS i(id, subscription)
-               JOIN delivery d ON d.message_id = i.id AND d.subscription = i.subscription",
+               JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = i.subscription",
             |query| query.bind(&ids).bind(&subscriptions),
         )
         .await?;
@@ -326,11 +326,11 @@ pub(super) const WRITE: &str = "-- write outcomes
                  seen_ends, state, due_at, attempts, laters, stream_ends, error)
     ), locked AS MATERIALIZED (
         SELECT i.* FROM input i
-          JOIN delivery d ON d.message_id = i.id AND d.subscription = i.subscription
+          JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = i.subscription
          WHERE d.state = i.seen_state AND d.token IS NOT DISTINCT FROM i.seen_token
            AND d.generation = i.seen_generation AND d.answered_generation = i.seen_answered
            AND d.stream_ends = i.seen_ends
-         ORDER BY d.message_id, d.subscription FOR UPDATE OF d /* waits */
+         ORDER BY i.id, i.subscription FOR UPDATE OF d /* waits */
     ), written AS (
         UPDATE delivery d
            SET state = l.state, due_at = l.due_at, token = NULL, attempts = l.attempts,
@@ -339,7 +339,8 @@ pub(super) const WRITE: &str = "-- write outcomes
                answered_generation = CASE WHEN l.state = 'PENDING' THEN d.generation
                                           ELSE d.answered_generation END,
                answered_at = CASE WHEN l.state = 'PENDING' THEN NULL ELSE clock_timestamp() END
-          FROM locked l WHERE d.message_id = l.id AND d.subscription = l.subscription
+          FROM locked l
+         WHERE d.message_id = ANY (ARRAY[l.id]) AND d.subscription = l.subscription
         RETURNING d.message_id, d.subscription
     ), events AS (
         INSERT INTO message_event (message_id, subscription, at, kind, detail)

@@ -34,7 +34,10 @@ const MOST_REPEATS: u32 = 10;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Use {
     /// Batches of calls: index scans whatever the statistics say, since a plan that was made for
-    /// an empty table stays in use while the table grows.
+    /// a small table stays in use while the table grows. For the same reason these statements
+    /// look rows up with `id = ANY (ARRAY[…])` and keep other conditions under `IS TRUE`: joined
+    /// by plain equality a small table was read as a whole for each batch, or along an index
+    /// that holds the undecided messages of a producer.
     Write,
     /// Topology: rare, in a transaction of its own over rows that nobody else locks.
     Apply,
@@ -66,12 +69,9 @@ impl Use {
 
     fn settings(self) -> String {
         let planner = match self {
-            Self::Write | Self::Retire => {
-                "SET enable_seqscan = off; SET enable_bitmapscan = off; \
-                 SET enable_hashjoin = off; SET enable_mergejoin = off; \
-                 SET work_mem = '16MB';"
-            }
-            Self::Apply | Self::Read => "SET plan_cache_mode = force_custom_plan;",
+            Self::Write => format!("{LOOK_UP} SET enable_material = off;"),
+            Self::Retire => format!("{LOOK_UP} {PLAN_EACH}"),
+            Self::Apply | Self::Read => PLAN_EACH.to_owned(),
         };
         format!(
             "SET statement_timeout = {}; SET lock_timeout = {}; \
@@ -84,6 +84,13 @@ impl Use {
         )
     }
 }
+
+/// Rows are looked up, not searched for.
+const LOOK_UP: &str = "SET enable_seqscan = off; SET enable_bitmapscan = off; \
+                       SET enable_hashjoin = off; SET enable_mergejoin = off; \
+                       SET work_mem = '16MB';";
+/// A plan for each execution, with the sizes of that moment.
+const PLAN_EACH: &str = "SET plan_cache_mode = force_custom_plan;";
 
 /// A statement with its arguments.
 pub(super) type Bound = Query<'static, Postgres, PgArguments>;
