@@ -155,11 +155,17 @@ impl Handoffs {
         self.lock().turns.len()
     }
 
-    /// What waits longest of the subscription whose turn it is: at most so many, and so many
-    /// bytes, but at least one.
-    pub fn take(&self, most: usize, max_bytes: usize) -> Option<(String, Vec<Leased>)> {
+    /// What waits longest of the subscription whose turn it is, of those that may be sent to: at
+    /// most so many, and so many bytes, but at least one.
+    pub fn take(
+        &self,
+        most: usize,
+        max_bytes: usize,
+        may: impl Fn(&str) -> bool,
+    ) -> Option<(String, Vec<Leased>)> {
         let mut state = self.lock();
-        let name = state.turns.pop_front()?;
+        let turn = state.turns.iter().position(|name| may(name))?;
+        let name = state.turns.remove(turn)?;
         let mut taken = Vec::new();
         let mut bytes = 0;
         let Some(share) = state.shares.get_mut(&name) else {
@@ -227,7 +233,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::message::{MessageId, Timestamp};
+    use crate::message::{ContentHash, MessageId, Timestamp};
 
     const LEASE: Duration = Duration::from_secs(30);
     const NOW: Duration = Duration::from_secs(1);
@@ -243,6 +249,7 @@ mod tests {
             sent_at: Timestamp::from_micros(1),
             body_bytes,
             bucket: 1,
+            content_hash: ContentHash::from_bytes([0; 32]),
         }
     }
 
@@ -279,7 +286,7 @@ mod tests {
         drop(one);
         assert_eq!(room(&permit(&handoffs, 1, &[("b", 10)]), "b"), 0);
         // One is taken however large it is.
-        assert_eq!(handoffs.take(10, 1).unwrap().1.len(), 1);
+        assert_eq!(handoffs.take(10, 1, |_| true).unwrap().1.len(), 1);
         assert_eq!(room(&permit(&handoffs, 1, &[("b", 10)]), "b"), 1);
     }
 
@@ -289,7 +296,11 @@ mod tests {
         let all = permit(&handoffs, 3, &[("a", 10), ("b", 10)]);
         handoffs.keep(&all, vec![handed("a", 60); 3]);
         handoffs.keep(&all, vec![handed("b", 60)]);
-        let next = || handoffs.take(2, 100).map(|(name, all)| (name, all.len()));
+        let next = || {
+            handoffs
+                .take(2, 100, |_| true)
+                .map(|(name, all)| (name, all.len()))
+        };
         assert_eq!(handoffs.turns(), 2);
         assert_eq!(next(), Some(("a".into(), 1)));
         assert_eq!(next(), Some(("b".into(), 1)));
@@ -307,6 +318,6 @@ mod tests {
         assert_eq!(handoffs.keep(&out, vec![handed("a", 1)]).len(), 1);
         drop(out);
         assert_eq!(room(&permit(&handoffs, 1, &[("a", 10)]), "a"), 0);
-        assert_eq!(handoffs.take(1, 1), None);
+        assert_eq!(handoffs.take(1, 1, |_| true), None);
     }
 }

@@ -7,9 +7,10 @@
 //!
 //! In reading order: `names`, `wire` (the contract) · `link` (a supervised connection) ·
 //! `publish` (one batch, and what is known after it) · `queues` (what is known of each queue) ·
-//! `flight` (a batch with its leases) · `lane` (fresh, drain) · `probation` (what must go alone)
+//! `flight` (a batch with its leases) · `air` (which may start) · `lane` (fresh, drain) · `probation` (what must go alone)
 //! · `sent` · `declare`, `look` (the queues themselves) · `answers` · `publisher` (for benchmarks).
 
+mod air;
 mod answers;
 mod declare;
 mod error;
@@ -389,10 +390,6 @@ impl RabbitMq {
             signal.notify_one();
         }
         self.alone.notify_one();
-    }
-
-    fn next_flight(&self) -> u64 {
-        self.flights.fetch_add(1, Ordering::Relaxed)
     }
 
     fn answers_waiting(&self, number: u64) {

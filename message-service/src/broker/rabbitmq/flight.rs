@@ -88,17 +88,15 @@ impl Carrier {
 #[derive(Clone)]
 pub(super) struct Tag {
     number: u64,
-    subscriptions: Vec<String>,
+    subscription: String,
     landed: Arc<AtomicBool>,
 }
 
 impl Tag {
-    /// Sends nothing more to the queues of this flight until it has landed.
+    /// Sends nothing more to the queue of this flight until it has landed.
     pub(super) fn leave_alone(&self, queues: &Queues) {
         let open = |health: &Health| *health == Health::Open;
-        for subscription in &self.subscriptions {
-            queues.turn(subscription, open, Health::Slow(self.number));
-        }
+        queues.turn(&self.subscription, open, Health::Slow(self.number));
         // It may have landed in between, and then nobody else would open them again.
         if self.landed.load(Ordering::SeqCst) {
             self.open_again(queues);
@@ -107,9 +105,7 @@ impl Tag {
 
     fn open_again(&self, queues: &Queues) {
         let slow = |health: &Health| *health == Health::Slow(self.number);
-        for subscription in &self.subscriptions {
-            queues.turn(subscription, slow, Health::Open);
-        }
+        queues.turn(&self.subscription, slow, Health::Open);
     }
 }
 
@@ -128,6 +124,7 @@ impl Flight {
     pub(super) async fn start(
         rabbit: &Arc<RabbitMq>,
         link: &Arc<Link>,
+        tag: Tag,
         carrier: Carrier,
         loaded: Vec<Loaded>,
     ) -> Self {
@@ -153,28 +150,14 @@ impl Flight {
                 payload: claim.payload,
             });
         }
-        let mut subscriptions: Vec<String> = tickets
-            .iter()
-            .map(|ticket| ticket.subscription.clone())
-            .collect();
-        subscriptions.sort_unstable();
-        subscriptions.dedup();
         Self {
-            tag: Tag {
-                number: rabbit.next_flight(),
-                subscriptions,
-                landed: Arc::default(),
-            },
+            tag,
             rabbit: Arc::clone(rabbit),
             link: Arc::clone(link),
             batch: Batch::start(&carrier.channel, outgoing),
             tickets,
             carrier,
         }
-    }
-
-    pub(super) fn tag(&self) -> Tag {
-        self.tag.clone()
     }
 
     /// Waits for every confirm and tells the store.
@@ -280,6 +263,15 @@ fn tickets_and(tickets: Vec<Ticket>, fates: Vec<Fate>) -> BTreeMap<String, Vec<(
 }
 
 impl RabbitMq {
+    /// The tag of a flight to this subscription's queue.
+    pub(super) fn tag(&self, subscription: &str) -> Tag {
+        Tag {
+            number: self.flights.fetch_add(1, Ordering::Relaxed),
+            subscription: subscription.to_owned(),
+            landed: Arc::default(),
+        }
+    }
+
     /// Those whose lease lasts long enough to be sent, and the others.
     fn split_by_lease(&self, loaded: Vec<Loaded>) -> (Vec<Loaded>, Vec<Loaded>) {
         let now = self.clock.monotonic();

@@ -112,7 +112,8 @@ impl RabbitMq {
                 }
             },
         };
-        let flight = Flight::start(self, &self.probation, ready, loaded).await;
+        let tag = self.tag(subscription);
+        let flight = Flight::start(self, &self.probation, tag, ready, loaded).await;
         let landed = flight.land().await;
         *carrier = landed.carrier;
         landed.trouble.map_or(Ok(()), Err)
@@ -169,7 +170,8 @@ impl RabbitMq {
             self.give_back(loaded).await;
             return false;
         };
-        let flight = Flight::start(self, &self.probation, ready, loaded).await;
+        let tag = self.tag(subscription);
+        let flight = Flight::start(self, &self.probation, tag, ready, loaded).await;
         *carrier = flight.land().await.carrier;
         true
     }
