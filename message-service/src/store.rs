@@ -26,7 +26,8 @@ use uuid::Uuid;
 
 use crate::message::delivery::DeliveryEvent;
 use crate::message::{
-    Answer, DeliveryState, MessageEvent, MessageId, MessageState, NewMessage, Timestamp, WrongState,
+    Answer, ContentHash, DeliveryState, MessageEvent, MessageId, MessageState, NewMessage,
+    Timestamp, WrongState,
 };
 use crate::topology::Topology;
 pub use views::{
@@ -172,6 +173,8 @@ pub struct Handed {
     pub body_bytes: usize,
     /// Where the body is, for the store.
     pub bucket: i64,
+    /// Whose body it is.
+    pub content_hash: ContentHash,
 }
 
 /// Who decides.

@@ -47,6 +47,11 @@ impl ContentHash {
         Self(hash.finalize().into())
     }
 
+    /// The hash that these bytes are.
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The 32 bytes.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::recent::Recent;
 use super::rows::{at, get, id, uuid, wrong};
 use super::session::{Session, Trouble, trouble};
 use super::time::At;
@@ -28,6 +29,13 @@ const KNOWN_FOR: Duration = Duration::from_secs(5);
 
 /// How often bodies are looked for again that were carried to another bucket meanwhile.
 const LOOKS: u32 = 3;
+
+/// What the lanes that write bodies share.
+#[derive(Default)]
+pub(super) struct Bodies {
+    pub(super) bucket: Current,
+    pub(super) recent: Recent,
+}
 
 /// The bucket that takes new bodies, as a lane last read it.
 #[derive(Default)]

@@ -180,7 +180,7 @@ pub(super) fn decide_sql() -> String {
                        SELECT FROM subscription s WHERE s.topic = m.topic AND s.active)
               FROM locked l WHERE m.id = ANY (ARRAY[l.id])
             RETURNING m.id, m.state, m.topic, m.deliver_after, m.decided_at, m.producer, m.key,
-                      m.bucket, m.body_bytes
+                      m.bucket, m.body_bytes, m.content_hash
         ), {fan_out}"
     )
 }

@@ -12,8 +12,8 @@ use rand::rngs::StdRng;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
-use super::bodies;
-use super::rows::{at, get, id, long, wrong};
+use super::bodies::{self, Body};
+use super::rows::{at, get, hash, id, long, wrong};
 use super::session::Session;
 use crate::message::MessageId;
 use crate::store::{DeliveryClaim, Handed, Handoff};
@@ -102,11 +102,11 @@ pub(super) fn fan_out(first: usize) -> String {
               FROM wanted ORDER BY id, name
             RETURNING message_id, subscription, token IS NOT NULL AS handed, sent_at
         )
-        SELECT id, topic, producer, key, bucket, body_bytes, NULL::text AS subscription,
-               false AS handed, NULL::timestamptz AS sent_at
+        SELECT id, topic, producer, key, bucket, body_bytes, content_hash,
+               NULL::text AS subscription, false AS handed, NULL::timestamptz AS sent_at
           FROM decided
         UNION ALL
-        SELECT message_id, NULL, NULL, NULL, NULL, NULL, subscription, handed, sent_at
+        SELECT message_id, NULL, NULL, NULL, NULL, NULL, NULL, subscription, handed, sent_at
           FROM deliveries"
     )
 }
@@ -152,6 +152,7 @@ pub(super) fn confirmed(
             body_bytes: usize::try_from(get::<i64>(message, "body_bytes")?)
                 .map_err(|_| wrong("body_bytes", "is negative"))?,
             bucket: get(message, "bucket")?,
+            content_hash: hash(message, "content_hash")?,
         });
     }
     let confirmed = |(id, (confirmed, _))| (id, confirmed);
@@ -165,21 +166,23 @@ pub(super) async fn load(
 ) -> Result<Vec<Option<DeliveryClaim>>, sqlx::Error> {
     let wanted: HashMap<_, _> = handed.iter().map(|one| (one.id, one.bucket)).collect();
     let bodies = bodies::read(db, wanted).await?;
-    let load = |one: &Handed| {
-        let body = bodies.get(&one.id)?;
-        Some(DeliveryClaim {
-            id: one.id,
-            generation: FIRST,
-            token: one.token,
-            producer: one.producer.clone(),
-            topic: one.topic.clone(),
-            key: one.key.clone(),
-            content_type: body.content_type.clone(),
-            headers: body.headers.clone(),
-            payload: body.payload.clone(),
-            sent_at: one.sent_at,
-            first_sent_at: one.sent_at,
-        })
-    };
+    let load = |one: &Handed| Some(claim(one, bodies.get(&one.id)?));
     Ok(handed.iter().map(load).collect())
+}
+
+/// What was handed over, with its body.
+pub(super) fn claim(one: &Handed, body: &Body) -> DeliveryClaim {
+    DeliveryClaim {
+        id: one.id,
+        generation: FIRST,
+        token: one.token,
+        producer: one.producer.clone(),
+        topic: one.topic.clone(),
+        key: one.key.clone(),
+        content_type: body.content_type.clone(),
+        headers: body.headers.clone(),
+        payload: body.payload.clone(),
+        sent_at: one.sent_at,
+        first_sent_at: one.sent_at,
+    }
 }

@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use sqlx::postgres::types::PgInterval;
 use uuid::Uuid;
 
-use super::bodies::Current;
+use super::bodies::Bodies;
 use super::decisions::{decide, mark_conflicts, target};
 use super::handoff::{Confirmed, Leases, confirmed, fan_out};
 use super::lanes::{Replies, Work};
@@ -16,12 +16,12 @@ use super::rows::{clean, get, id, long, message_state, uuid};
 use super::session::{Session, Trouble, trouble};
 use super::time::{At, span};
 use super::verbs::{Answers, IDLE_ROUNDS, Place, stored, unknown};
-use crate::message::{Effect, MessageEvent, MessageId, MessageState, NewMessage};
+use crate::message::{ContentHash, Effect, MessageEvent, MessageId, MessageState, NewMessage};
 use crate::store::kind::Kind;
 use crate::store::{Error, Handoff, Refusal, Written};
 
 /// The lane of prepare.
-pub(super) struct Prepare(pub(super) Arc<Current>);
+pub(super) struct Prepare(pub(super) Arc<Bodies>);
 
 impl Work for Prepare {
     type Call = (Vec<NewMessage>, Duration);
@@ -51,7 +51,7 @@ impl Work for Prepare {
 }
 
 /// The lane of publish.
-pub(super) struct Publish(pub(super) Arc<Current>, pub(super) StdRng);
+pub(super) struct Publish(pub(super) Arc<Bodies>, pub(super) StdRng);
 
 impl Work for Publish {
     type Call = (Vec<NewMessage>, Handoff);
@@ -86,6 +86,7 @@ impl Work for Publish {
 struct Handed<'a> {
     place: Place,
     message: &'a NewMessage,
+    hash: ContentHash,
     check_after: Duration,
 }
 
@@ -99,7 +100,7 @@ fn key(message: &NewMessage) -> Option<Key<'_>> {
 
 async fn hand_over(
     db: &mut Session,
-    bucket: &Current,
+    bodies: &Bodies,
     event: MessageEvent,
     lists: Vec<(&[NewMessage], Duration)>,
     leases: &mut Leases,
@@ -117,6 +118,7 @@ async fn hand_over(
             open.push(Handed {
                 place: Place { call, item },
                 message,
+                hash: message.content_hash(),
                 check_after,
             });
         }
@@ -124,10 +126,10 @@ async fn hand_over(
     let mut idle = 0;
     while !open.is_empty() && idle < IDLE_ROUNDS {
         let before = open.len();
-        open = hand_over_round(db, bucket, event, doing, open, leases, &mut answers).await?;
+        open = hand_over_round(db, bodies, event, doing, open, leases, &mut answers).await?;
         idle = if open.len() < before { 0 } else { idle + 1 };
         if idle > 0 {
-            bucket.forget();
+            bodies.bucket.forget();
         }
     }
     Ok(answers.finish(doing, open.iter().map(|item| item.place)))
@@ -137,7 +139,7 @@ async fn hand_over(
 /// what has to go round again.
 async fn hand_over_round<'a>(
     db: &mut Session,
-    bucket: &Current,
+    bodies: &Bodies,
     event: MessageEvent,
     doing: &'static str,
     open: Vec<Handed<'a>>,
@@ -160,12 +162,13 @@ async fn hand_over_round<'a>(
         .filter(|(_, first)| **first)
         .map(|(item, _)| item)
         .collect();
-    let mut inserted = insert(db, bucket, event, &first, leases).await?;
+    let mut inserted = insert(db, bodies, event, &first, leases).await?;
     let mut rest = Vec::new();
     for (item, first) in open.into_iter().zip(turn) {
         let id = item.message.id;
         match inserted.remove(&id).filter(|_| first) {
             Some(confirmed) => {
+                bodies.recent.keep(item.message, item.hash);
                 answers.item(item.place, Ok(target(event)));
                 if let Some(confirmed) = confirmed {
                     answers.confirmed(item.place, confirmed);
@@ -226,7 +229,7 @@ async fn read_round<'a>(
                 continue;
             }
         };
-        if found.content_hash != message.content_hash().as_bytes() {
+        if found.content_hash != item.hash.as_bytes() {
             answers.item(item.place, Err(Refusal::OtherContent { id, state }));
             continue;
         }
@@ -337,7 +340,7 @@ async fn holders(
 /// new, with what became of the deliveries.
 async fn insert(
     db: &mut Session,
-    bucket: &Current,
+    bodies: &Bodies,
     event: MessageEvent,
     items: &[&Handed<'_>],
     leases: &mut Leases,
@@ -346,12 +349,12 @@ async fn insert(
         return Ok(HashMap::new());
     }
     let rows = Rows::of(items)?;
-    let number = bucket.number(db).await?;
+    let number = bodies.bucket.number(db).await?;
     let inserted = match insert_into(db, number, event, &rows, leases).await {
         // The bucket is gone: this process slept through its whole life.
         Err(error) if trouble(&error) == Trouble::NoSuchTable => {
-            bucket.forget();
-            let number = bucket.number(db).await?;
+            bodies.bucket.forget();
+            let number = bodies.bucket.number(db).await?;
             insert_into(db, number, event, &rows, leases).await?
         }
         inserted => inserted?,
@@ -430,8 +433,9 @@ impl<'a> Rows<'a> {
                 .collect(),
             topics: messages().map(|message| message.topic.as_str()).collect(),
             keys: messages().map(|message| message.key.as_deref()).collect(),
-            hashes: messages()
-                .map(|message| message.content_hash().as_bytes().to_vec())
+            hashes: items
+                .iter()
+                .map(|item| item.hash.as_bytes().to_vec())
                 .collect(),
             bytes: messages()
                 .map(|message| long(message.body_bytes()))
@@ -513,7 +517,7 @@ fn publish_sql(bucket: i64) -> String {
              ORDER BY i.producer COLLATE \"C\", i.topic COLLATE \"C\", i.key COLLATE \"C\", i.id
             ON CONFLICT DO NOTHING
             RETURNING id, state, topic, deliver_after, decided_at, producer, key, bucket,
-                      body_bytes
+                      body_bytes, content_hash
         ), {bodies}, decided AS MATERIALIZED (
             SELECT * FROM made
         ), {fan_out}"

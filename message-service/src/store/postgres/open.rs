@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::answers::{Acknowledge, Recover, TakeBack};
-use super::bodies::{self, Current};
+use super::bodies::{self, Bodies};
 use super::checks::{ClaimChecks, SettleChecks};
 use super::decisions::Decide;
 use super::deliveries::{Claim, MarkSent};
@@ -211,15 +211,15 @@ impl PostgresStore {
         let options = Arc::clone(&address.options);
         let repeats = Arc::new(Repeats::default());
         let session = |used| Session::new(Arc::clone(&options), used, Arc::clone(&repeats));
-        let bucket = Arc::new(Current::default());
+        let written = Arc::new(Bodies::default());
         let clock = Arc::new(StoreClock::new(clock));
         let mut seeds = StdRng::seed_from_u64(seed);
         let mut rng = || StdRng::from_rng(&mut seeds);
         let write = Use::Write;
         let lanes = Lanes {
             apply: Lane::start(Apply, session(Use::Apply)),
-            prepare: Lane::start(Prepare(Arc::clone(&bucket)), session(write)),
-            publish: Lane::start(Publish(bucket, rng()), session(write)),
+            prepare: Lane::start(Prepare(Arc::clone(&written)), session(write)),
+            publish: Lane::start(Publish(Arc::clone(&written), rng()), session(write)),
             decide: Lane::start(Decide(rng()), session(write)),
             claim_checks: Lane::start(ClaimChecks(rng()), session(write)),
             settle_checks: Lane::start(SettleChecks(rng()), session(write)),
@@ -239,6 +239,7 @@ impl PostgresStore {
         let watch = tokio::spawn(watch(Arc::clone(&clock), session(Use::Read)));
         Self {
             lanes,
+            written,
             readers,
             bodies,
             people,

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::session::{Trouble, trouble};
 use super::time::At;
-use crate::message::{DeliveryState, MessageId, MessageState, Timestamp};
+use crate::message::{ContentHash, DeliveryState, MessageId, MessageState, Timestamp};
 use crate::store::Error;
 
 /// Turns what the database says while `doing` into the port's error. What cannot be written or
@@ -95,6 +95,13 @@ pub(super) fn uuid(id: MessageId) -> Uuid {
 /// A length or limit as the database has it.
 pub(super) fn long(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+pub(super) fn hash(row: &PgRow, column: &str) -> Result<ContentHash, sqlx::Error> {
+    let bytes = get::<&[u8]>(row, column)?.try_into();
+    bytes
+        .map(ContentHash::from_bytes)
+        .map_err(|_| wrong(column, "has not 32 bytes"))
 }
 
 /// A text for people, without the one character that the database cannot hold.
