@@ -113,6 +113,7 @@ impl Broker {
             acknowledge: queue(&self.deployment, "acknowledge"),
             subscription: order.subscription.clone(),
             answers: answers_out,
+            enough: (prefetch / 4).max(1),
             recorded: recorded_in,
             done: Arc::clone(&done),
         };

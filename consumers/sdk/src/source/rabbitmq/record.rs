@@ -3,13 +3,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use handfast_fail_points::{Point, hit};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::door::{Door, Kind, Open, Trouble, command};
 use super::held::{Key, key};
@@ -21,6 +22,9 @@ use crate::source::reachable::Reachable;
 
 /// How many answers are taken from the consumer before they are published.
 const MAX_WAITING: usize = 500;
+/// How long an answer waits for company. Nobody waits for it, and each message of answers costs
+/// RabbitMQ and the service a write of their own.
+const COMPANY: Duration = Duration::from_millis(20);
 /// Messages of answers survive a restart of RabbitMQ.
 const PERSISTENT: u8 = 2;
 
@@ -30,6 +34,8 @@ pub(super) struct Record {
     pub(super) acknowledge: ShortString,
     pub(super) subscription: String,
     pub(super) answers: mpsc::Receiver<Answered>,
+    /// So many answers do not wait for company: their deliveries take too much of the prefetch.
+    pub(super) enough: usize,
     /// Tells which answers are confirmed, so that their deliveries can be acked.
     pub(super) recorded: mpsc::UnboundedSender<Vec<Key>>,
     pub(super) done: Arc<Recorded>,
@@ -46,7 +52,8 @@ struct Publisher {
 impl Record {
     /// Runs until nobody can answer any more and every answer is confirmed.
     ///
-    /// The message in flight is the window in which answers are collected for the next.
+    /// The message in flight is the window in which answers are collected for the next. Where few
+    /// come, they wait for each other a little.
     pub(super) async fn run(mut self) {
         let mut waiting: VecDeque<Answered> = VecDeque::new();
         let mut backoff = Backoff::up_to(LAST_BACKOFF);
@@ -58,6 +65,7 @@ impl Record {
                     Some(answer) => waiting.push_back(answer),
                     None => break,
                 }
+                self.collect(&mut waiting).await;
             }
             while waiting.len() < MAX_WAITING
                 && let Ok(answer) = self.answers.try_recv()
@@ -87,6 +95,16 @@ impl Record {
         }
         if let Some(Publisher { open, .. }) = publisher {
             open.close().await;
+        }
+    }
+
+    /// Takes answers until there are enough, or the first has waited for long.
+    async fn collect(&mut self, waiting: &mut VecDeque<Answered>) {
+        let until = Instant::now() + COMPANY;
+        while waiting.len() < self.enough
+            && let Ok(Some(answer)) = timeout_at(until, self.answers.recv()).await
+        {
+            waiting.push_back(answer);
         }
     }
 
