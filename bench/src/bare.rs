@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::Failure;
 use crate::place::{Place, connect};
-use crate::topology::{PRODUCER, TOPIC, topology};
+use crate::topology::{PRODUCER, TOPIC, payload as payload_of, topology};
 
 /// Messages of one statement, and of one batch to RabbitMQ.
 const BATCH: usize = 500;
@@ -319,7 +319,7 @@ fn message(payload: usize) -> Option<NewMessage> {
         key: None,
         content_type: "application/octet-stream".to_owned(),
         headers: Vec::new(),
-        payload: vec![b'x'; payload],
+        payload: payload_of(payload),
         deliver_after: None,
         fence: None,
     })

@@ -1,62 +1,80 @@
-//! Handfast as its users run it: the service as a process of its own, producers and consumers with
-//! the SDKs in this one.
+//! Handfast as its users run it on PostgreSQL and RabbitMQ: the service as a process of its own,
+//! producers and consumers with the SDKs in this one.
 
-use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use handfast_consumer::{Answer, BatchHandler, Consumer, Delivered, Tx, rabbitmq};
+use handfast_consumer::{Answer, BatchHandler, Consumer, Delivered, Handler, Tx, rabbitmq};
 use handfast_producer::{Message, Producer};
-use handfast_service::config::{Config, Settings};
-use handfast_service::{serve as service, telemetry};
 use sqlx::Postgres;
 use sqlx::postgres::{PgPool, PgPoolOptions};
-use tempfile::TempDir;
-use tokio::net::TcpListener;
-use tokio::process::{Child, Command};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::Failure;
 use crate::place::Place;
-use crate::topology::{PRODUCER, TOPIC, tables};
-use crate::usage;
+use crate::service::Service;
+use crate::topology::{PRODUCER, TOPIC, payload as payload_of};
 
-/// How this program is told to be a message service.
-pub(crate) const SUBCOMMAND: &str = "run-service";
 /// A start takes this long at most, and so does the way of the first message.
 const START: Duration = Duration::from_secs(30);
 /// Between two looks at whether all answers are durable.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Runs the message service in this process.
-pub(crate) async fn serve(config: PathBuf) -> Result<(), Failure> {
-    let config = Config::load(&config, Settings::default());
-    let config = config.map_err(Failure::of("read the configuration"))?;
-    telemetry::install(&config.server.log, config.server.log_format).map_err(Failure::of("log"))?;
-    let served = service::serve(config, CancellationToken::new()).await;
-    served.map_err(Failure::of("serve"))
+/// What is told of every delivery when its handler is entered.
+pub(crate) trait Seen: Fn(&Delivered) + Clone + Send + Sync + 'static {}
+
+impl<F: Fn(&Delivered) + Clone + Send + Sync + 'static> Seen for F {}
+
+/// Whom a run is for.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Plan {
+    /// Subscriptions that each have a consumer.
+    pub(crate) consumed: Vec<String>,
+    /// Subscriptions that have none.
+    pub(crate) unattended: Vec<String>,
+    /// Whether consumers take large batches, as who wants throughput lets them; otherwise they
+    /// are as the SDK makes them.
+    pub(crate) large_batches: bool,
+    pub(crate) effect: Effect,
 }
 
-/// What is told of every delivery: its payload.
-pub(crate) trait Seen: Fn(&[u8]) + Clone + Send + Sync + 'static {}
+/// What a consumer does with a message, beside its inbox row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Effect {
+    #[default]
+    Nothing,
+    /// Writes a row.
+    Row,
+    /// Writes a row in a transaction for each message.
+    RowOneByOne,
+}
 
-impl<F: Fn(&[u8]) + Clone + Send + Sync + 'static> Seen for F {}
+impl Plan {
+    fn all(&self) -> Vec<String> {
+        [&self.consumed[..], &self.unattended].concat()
+    }
+}
+
+/// Deliveries that a consumer with large batches holds, and what it takes in one transaction.
+const PREFETCH: u32 = 1_000;
+const LARGE_BATCH: usize = 500;
+/// Transactions of such a consumer: while one is committed, the next is made.
+const TRANSACTIONS: usize = 2;
 
 /// A service with its consumers.
 pub(crate) struct Running {
     pub(crate) producer: Producer,
-    process: Child,
+    pub(crate) service: Service,
+    plan: Plan,
     store: PgPool,
     inbox: PgPool,
     stop: CancellationToken,
     consumers: Vec<JoinHandle<Result<handfast_consumer::Report, handfast_consumer::Error>>>,
     /// Deliveries that were applied, of all subscriptions.
     applied: Arc<Applied>,
-    _folder: TempDir,
 }
 
 #[derive(Debug, Default)]
@@ -67,43 +85,61 @@ struct Applied {
 
 impl Running {
     /// Starts all of it, and returns when a first message has made its way.
-    pub(crate) async fn start(
-        place: &Place,
-        subscriptions: &[String],
-        seen: impl Seen,
-    ) -> Result<Self, Failure> {
-        let folder = TempDir::with_prefix("handfast-bench-");
-        let folder = folder.map_err(Failure::of("make a folder"))?;
-        let (process, url) = start_service(place, subscriptions, &folder).await?;
-        let producer = Producer::connect(url, PRODUCER).await;
+    pub(crate) async fn start(place: &Place, plan: Plan, seen: impl Seen) -> Result<Self, Failure> {
+        let service = Service::on_servers(place, &plan.all()).await?;
+        let producer = Producer::connect(service.url.clone(), PRODUCER).await;
         let producer = producer.map_err(Failure::of("connect to the service"))?;
+        let consumed = plan.consumed.len();
         let pool = async |url: &str| {
-            let pool = PgPoolOptions::new().max_connections(4 * subscriptions.len() as u32);
+            let pool = PgPoolOptions::new().max_connections(4 * consumed as u32);
             let pool = pool.connect(url).await;
             pool.map_err(Failure::of("connect to PostgreSQL"))
         };
         let (store, inbox) = (pool(&place.store).await?, pool(&place.inbox).await?);
+        if plan.effect != Effect::Nothing {
+            sqlx::query(
+                "CREATE TABLE IF NOT EXISTS effect (id uuid PRIMARY KEY, note text NOT NULL)",
+            )
+            .execute(&inbox)
+            .await
+            .map_err(Failure::of("make the consumers' table"))?;
+        }
         let (stop, applied) = (CancellationToken::new(), Arc::new(Applied::default()));
         let mut consumers = Vec::new();
-        for name in subscriptions {
+        for name in &plan.consumed {
             let source = rabbitmq(place.amqp.clone()).deployment(place.deployment.clone());
             let consumer = Consumer::connect(source).await;
             let consumer = consumer.map_err(Failure::of("consume"))?;
-            let subscriber = consumer.subscription(TOPIC, name).inbox(inbox.clone());
-            let apply = Apply(seen.clone(), applied.clone());
-            consumers.push(tokio::spawn(subscriber.run_batch(apply, stop.clone())));
+            let mut subscriber = consumer.subscription(TOPIC, name).inbox(inbox.clone());
+            if plan.large_batches {
+                subscriber = subscriber
+                    .prefetch(PREFETCH)
+                    .max_batch(LARGE_BATCH)
+                    .concurrency(TRANSACTIONS);
+            }
+            let apply = Apply {
+                seen: seen.clone(),
+                applied: applied.clone(),
+                effect: plan.effect,
+            };
+            consumers.push(match plan.effect {
+                Effect::Nothing | Effect::Row => {
+                    tokio::spawn(subscriber.run_batch(apply, stop.clone()))
+                }
+                Effect::RowOneByOne => tokio::spawn(subscriber.run(apply, stop.clone())),
+            });
         }
         let mut running = Self {
             producer,
-            process,
+            service,
+            plan,
             store,
             inbox,
             stop,
             consumers,
             applied,
-            _folder: folder,
         };
-        running.first_message(subscriptions.len() as u64).await?;
+        running.first_message(consumed as u64).await?;
         Ok(running)
     }
 
@@ -121,17 +157,23 @@ impl Running {
         while self.applied.count.load(Ordering::SeqCst) < deliveries {
             tokio::select! {
                 () = self.applied.more.notified() => {}
-                ended = self.process.wait() => {
-                    return Err(Failure(format!("the service ended: {ended:?}")));
-                }
+                ended = self.service.ended() => return Err(ended),
             }
         }
         loop {
-            let open = "SELECT EXISTS (SELECT FROM delivery WHERE state IN ('PENDING', 'SENT'))";
-            let open: bool = sqlx::query_scalar(open)
-                .fetch_one(&self.store)
-                .await
-                .map_err(Failure::of("look for open deliveries"))?;
+            // Along the indexes, however much is stored.
+            let open: bool = sqlx::query_scalar(
+                "SELECT EXISTS (SELECT FROM delivery WHERE subscription = ANY($1)
+                                    AND state = 'PENDING' AND stream_ends = 0)
+                     OR EXISTS (SELECT FROM delivery WHERE subscription = ANY($1)
+                                    AND state = 'PENDING' AND stream_ends > 0)
+                     OR EXISTS (SELECT FROM delivery WHERE subscription = ANY($1)
+                                    AND state = 'SENT')",
+            )
+            .bind(&self.plan.consumed)
+            .fetch_one(&self.store)
+            .await
+            .map_err(Failure::of("look for open deliveries"))?;
             if !open {
                 return Ok(());
             }
@@ -139,94 +181,98 @@ impl Running {
         }
     }
 
-    /// The most memory that the service has had, in MiB.
-    pub(crate) fn peak_mib(&self) -> Result<f64, Failure> {
-        let pid = self.process.id();
-        usage::peak_mib(pid.ok_or_else(|| Failure("the service has ended".to_owned()))?)
+    /// Lets messages be handed over, and says how long it took until every delivery of theirs was
+    /// answered.
+    pub(crate) async fn load(
+        &mut self,
+        messages: u64,
+        call: impl AsyncFnOnce(&Self) -> Result<(), Failure>,
+    ) -> Result<Duration, Failure> {
+        let began = Instant::now();
+        call(self).await?;
+        // The first message of the start counts, too.
+        let deliveries = (messages + 1) * self.plan.consumed.len() as u64;
+        self.all_applied(deliveries).await?;
+        Ok(began.elapsed())
     }
 
     /// Ends all of it.
-    pub(crate) async fn stop(mut self) -> Result<(), Failure> {
+    pub(crate) async fn stop(self) -> Result<(), Failure> {
         self.stop.cancel();
         for consumer in self.consumers {
             let ended = consumer.await.map_err(Failure::of("end a consumer"))?;
             ended.map_err(Failure::of("consume"))?;
         }
-        // What it has promised is durable, and its database goes next.
-        let killed = self.process.kill().await;
-        killed.map_err(Failure::of("end the service"))?;
+        self.service.kill().await?;
         self.store.close().await;
         self.inbox.close().await;
         Ok(())
     }
 }
 
-/// Starts the service, and says where it is.
-async fn start_service(
-    place: &Place,
-    subscriptions: &[String],
-    folder: &TempDir,
-) -> Result<(Child, String), Failure> {
-    let port = TcpListener::bind("127.0.0.1:0").await;
-    let address = port.and_then(|port| port.local_addr());
-    let address = address.map_err(Failure::of("find a free port"))?;
-    let file = folder.path().join("handfast.toml");
-    let Place {
-        store,
-        amqp,
-        deployment,
-        ..
-    } = place;
-    let text = format!(
-        "topology_version = 1\n\n[server]\nlisten = \"{address}\"\nstore = \"{store}\"\n\
-         broker = \"{amqp}\"\ndeployment = \"{deployment}\"\nlog = \"warn\"\n\n{}",
-        tables(subscriptions)
-    );
-    std::fs::write(&file, text).map_err(Failure::of("write the configuration"))?;
-    let this = std::env::current_exe().map_err(Failure::of("find this program"))?;
-    let process = Command::new(this)
-        .arg(SUBCOMMAND)
-        .arg(file)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .kill_on_drop(true)
-        .spawn();
-    let process = process.map_err(Failure::of("start the service"))?;
-    Ok((process, format!("http://{address}")))
+/// Applies everything.
+struct Apply<S> {
+    seen: S,
+    applied: Arc<Applied>,
+    effect: Effect,
 }
 
-/// Applies everything, with no effect but the inbox row.
-struct Apply<S>(S, Arc<Applied>);
+impl<S: Seen> Apply<S> {
+    async fn apply(
+        &self,
+        tx: &mut Tx<Postgres>,
+        messages: &[Delivered],
+    ) -> Result<(), sqlx::Error> {
+        for message in messages {
+            (self.seen)(message);
+        }
+        if self.effect != Effect::Nothing {
+            let ids: Vec<_> = messages.iter().map(|message| message.message_id).collect();
+            let sql = "INSERT INTO effect (id, note) SELECT id, repeat('x', 200) FROM unnest($1::uuid[]) AS id";
+            sqlx::query(sql).bind(ids).execute(&mut *tx).await?;
+        }
+        self.applied
+            .count
+            .fetch_add(messages.len() as u64, Ordering::SeqCst);
+        self.applied.more.notify_one();
+        Ok(())
+    }
+}
 
 impl<S: Seen> BatchHandler<Postgres> for Apply<S> {
-    async fn handle_batch(&self, _: &mut Tx<Postgres>, messages: &[Delivered]) -> Vec<Answer> {
-        for message in messages {
-            (self.0)(&message.payload);
+    async fn handle_batch(&self, tx: &mut Tx<Postgres>, messages: &[Delivered]) -> Vec<Answer> {
+        let answer = match self.apply(tx, messages).await {
+            Ok(()) => Answer::Consumed,
+            Err(error) => Answer::failed(error.to_string()),
+        };
+        vec![answer; messages.len()]
+    }
+}
+
+impl<S: Seen> Handler<Postgres> for Apply<S> {
+    async fn handle(&self, tx: &mut Tx<Postgres>, message: &Delivered) -> Answer {
+        match self.apply(tx, std::slice::from_ref(message)).await {
+            Ok(()) => Answer::Consumed,
+            Err(error) => Answer::failed(error.to_string()),
         }
-        let all = messages.len() as u64;
-        self.1.count.fetch_add(all, Ordering::SeqCst);
-        self.1.more.notify_one();
-        messages.iter().map(|_| Answer::Consumed).collect()
     }
 }
 
 /// Prepares and confirms so many messages, each by a caller that waits for both, and so many
-/// callers at a time; returns when every delivery is answered.
-pub(crate) async fn load(
-    running: &mut Running,
-    subscriptions: u64,
+/// callers at a time. The SDK collects the calls.
+pub(crate) async fn call(
+    producer: &Producer,
     messages: u64,
     payload: usize,
     in_flight: u64,
-) -> Result<Duration, Failure> {
-    let message = Message::new(TOPIC).payload("application/octet-stream", vec![b'x'; payload]);
+) -> Result<(), Failure> {
+    let message = Message::new(TOPIC).payload("application/octet-stream", payload_of(payload));
     let message = Arc::new(message);
     let next = Arc::new(AtomicU64::new(0));
-    let began = Instant::now();
     let mut callers = tokio::task::JoinSet::new();
     for _ in 0..in_flight.min(messages) {
         let (next, message) = (next.clone(), message.clone());
-        let producer = running.producer.clone();
+        let producer = producer.clone();
         callers.spawn(async move {
             while next.fetch_add(1, Ordering::Relaxed) < messages {
                 let id = uuid::Uuid::now_v7();
@@ -240,7 +286,5 @@ pub(crate) async fn load(
         let done = done.map_err(Failure::of("call"))?;
         done.map_err(Failure::of("prepare and confirm"))?;
     }
-    // The first message of the start counts, too.
-    running.all_applied((messages + 1) * subscriptions).await?;
-    Ok(began.elapsed())
+    Ok(())
 }

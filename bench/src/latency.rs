@@ -3,16 +3,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use handfast_consumer::Delivered;
 use handfast_producer::Message;
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 use crate::Failure;
-use crate::handfast::Running;
+use crate::fill::{self, Kind};
+use crate::handfast::{Plan, Running};
+use crate::open_loop;
 use crate::options::Options;
 use crate::place::Place;
 use crate::rounds::{Figures, head};
@@ -24,7 +25,7 @@ const AHEAD: Duration = Duration::from_millis(100);
 /// The first confirm is scheduled this much after the start.
 const FIRST: Duration = Duration::from_millis(500);
 /// No time yet.
-const NONE: u64 = u64::MAX;
+pub(crate) const NONE: u64 = u64::MAX;
 
 /// What the mode takes.
 #[derive(Debug, clap::Args)]
@@ -44,43 +45,49 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 20,
         value_parser = clap::value_parser!(u32).range(1..=3_600))]
     seconds: u32,
+
+    /// Deliveries that wait for another subscription, which nobody consumes
+    #[arg(long, value_name = "N", default_value_t = 0,
+        value_parser = clap::value_parser!(u64).range(0..=1_000_000_000))]
+    backlog: u64,
 }
+
+/// Whom the backlog is for.
+const ASLEEP: &str = "asleep";
 
 /// Measures round by round.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let options = &args.options;
-    let load_average = options.load_average()?;
-    let servers = Servers::start(options).await?;
-    let described = servers.described().await?;
-    println!("load average at the start: {load_average}; {described}");
-    let mut rows: Vec<(&str, Figures)> = [
-        "to the handler, p50",
-        "to the handler, p99",
-        "to the handler, max",
-        "prepare, p50",
-        "prepare, p99",
-    ]
-    .map(|name| (name, Figures::default()))
-    .into();
+    let (servers, about) = Servers::start(options).await?;
+    fill::check_space(servers.postgres_folder(), args.backlog)?;
+    let mut rows: Vec<(String, Figures)> = Vec::new();
     for round in 0..=options.rounds {
         eprintln!("round {round}: {} s", args.seconds);
-        let (mut handled, mut prepared) = one_round(&servers, &args).await?;
-        let figures = [
-            at(&mut handled, 0.5),
-            at(&mut handled, 0.99),
-            at(&mut handled, 1.0),
-            at(&mut prepared, 0.5),
-            at(&mut prepared, 0.99),
-        ];
+        let measured = one_round(&servers, &args).await?;
+        let mut figures = Vec::new();
+        for (what, mut times) in [
+            ("to the handler", measured.handled),
+            ("to the confirm's statement", measured.decided),
+            ("prepare", measured.prepared),
+            ("confirm", measured.confirmed),
+        ] {
+            for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
+                figures.push((format!("{what}, {name}"), at(&mut times, share)));
+            }
+        }
         let dropped = if round == 0 { ", dropped" } else { "" };
         eprintln!(
             "round {round}{dropped}: p50 {:.2} ms, p99 {:.2} ms",
-            figures[0], figures[1]
+            figures[0].1, figures[1].1
         );
         if round == 0 {
+            rows = figures
+                .into_iter()
+                .map(|(name, _)| (name, Figures::default()))
+                .collect();
             continue;
         }
-        for ((_, row), figure) in rows.iter_mut().zip(figures) {
+        for ((_, row), (_, figure)) in rows.iter_mut().zip(figures) {
             row.add(figure);
         }
     }
@@ -91,101 +98,149 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     if options.json {
         let figures: serde_json::Map<String, Value> = rows
             .iter()
-            .map(|(name, figures)| ((*name).to_owned(), figures.json()))
+            .map(|(name, figures)| (name.clone(), figures.json()))
             .collect();
         let all = json!({
             "mode": "latency",
             "ms": figures,
             "rate": args.rate,
             "seconds": args.seconds,
+            "backlog": args.backlog,
             "payload_bytes": options.payload,
-            "load_average": load_average,
-            "servers": described,
+            "about": about,
         });
         println!("{all}");
     }
     Ok(())
 }
 
-/// Milliseconds from each confirm's time to the handler, and of each prepare.
-async fn one_round(servers: &Servers, args: &Args) -> Result<(Vec<f64>, Vec<f64>), Failure> {
+/// What one round gave, in milliseconds, message by message.
+struct Round {
+    /// From each confirm's time to the handler.
+    handled: Vec<f64>,
+    /// From each confirm's time to its statement, which is the time of the first send.
+    decided: Vec<f64>,
+    /// From each prepare's time to its answer.
+    prepared: Vec<f64>,
+    /// From each confirm's time to its answer.
+    confirmed: Vec<f64>,
+}
+
+async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
     let names = topology::subscriptions(1);
     let place = Place::make(servers).await?;
     let count = u64::from(args.rate) * u64::from(args.seconds);
-    let times = || (0..count).map(|_| AtomicU64::new(NONE)).collect::<Vec<_>>();
-    let (handled, prepared) = (Arc::new(times()), Arc::new(times()));
+    let times = || Arc::new((0..count).map(|_| AtomicU64::new(NONE)).collect::<Vec<_>>());
+    let (handled, decided, prepared, confirmed) = (times(), times(), times(), times());
     let zero = Instant::now();
+    // The database's clock is this machine's.
+    let since_1970 = wall_clock()?;
     let seen = {
-        let handled = handled.clone();
-        move |payload: &[u8]| {
-            let number = payload
-                .first_chunk()
-                .map(|bytes| u64::from_le_bytes(*bytes));
-            let index = number.and_then(|number| usize::try_from(number).ok());
-            if let Some(time) = index.and_then(|index| handled.get(index)) {
-                // A copy that comes again is not the first.
-                let _ = time.compare_exchange(
-                    NONE,
-                    micros(zero.elapsed()),
-                    Ordering::SeqCst,
-                    Ordering::SeqCst,
-                );
-            }
+        let (handled, decided) = (handled.clone(), decided.clone());
+        move |delivered: &Delivered| {
+            let (Some(index), Ok(sent_at)) =
+                (number(delivered), u64::try_from(delivered.first_sent_at))
+            else {
+                return;
+            };
+            // A copy that comes again is not the first.
+            note(&handled, index, micros(zero.elapsed()));
+            note(&decided, index, sent_at.saturating_sub(since_1970));
         }
     };
-    let mut running = Running::start(&place, &names, seen).await?;
+    let mut plan = Plan {
+        consumed: names.clone(),
+        ..Plan::default()
+    };
+    let mut all = names;
+    if args.backlog > 0 {
+        plan.unattended.push(ASLEEP.to_owned());
+        all.push(ASLEEP.to_owned());
+        fill::schema(&place, &all).await?;
+        let payload = args.options.payload as usize;
+        fill::load(&place, ASLEEP, Kind::Waiting, args.backlog, payload).await?;
+    }
+    let mut running = Running::start(&place, plan, seen).await?;
     let first = zero.elapsed() + FIRST;
-    let due = |number: u64| first + Duration::from_secs(1) * number as u32 / args.rate;
-    let mut calls: JoinSet<Result<(), Failure>> = JoinSet::new();
-    for number in 0..count {
-        let confirm_at = due(number);
-        sleep_until(zero + confirm_at.saturating_sub(AHEAD)).await;
-        let message = message(number, args.options.payload as usize);
-        let (producer, prepared) = (running.producer.clone(), prepared.clone());
-        calls.spawn(async move {
-            let id = Uuid::now_v7();
-            let done = producer.prepare(id, &message, None).await;
-            done.map_err(Failure::of("prepare"))?;
-            let took = zero
-                .elapsed()
-                .saturating_sub(confirm_at.saturating_sub(AHEAD));
-            if let Some(time) = usize::try_from(number).ok().and_then(|n| prepared.get(n)) {
-                time.store(micros(took), Ordering::SeqCst);
+    let rate = args.rate;
+    let due = move |number: u64| first + Duration::from_secs(1) * number as u32 / rate;
+    let calls = {
+        let (prepared, confirmed) = (prepared.clone(), confirmed.clone());
+        let (producer, payload) = (running.producer.clone(), args.options.payload as usize);
+        open_loop::run(zero, count, due, AHEAD, move |number, go| {
+            let (prepared, confirmed) = (prepared.clone(), confirmed.clone());
+            let (producer, message) = (producer.clone(), message(number, payload));
+            async move {
+                let id = Uuid::now_v7();
+                let done = producer.prepare(id, &message, None).await;
+                done.map_err(Failure::of("prepare"))?;
+                note(&prepared, number as usize, micros(zero.elapsed()));
+                go.await.map_err(Failure::of("wait for a confirm's time"))?;
+                let done = producer.confirm(id).await;
+                done.map_err(Failure::of("confirm"))?;
+                note(&confirmed, number as usize, micros(zero.elapsed()));
+                Ok(())
             }
-            sleep_until(zero + confirm_at).await;
-            let done = producer.confirm(id).await;
-            done.map_err(Failure::of("confirm"))
-        });
-    }
-    while let Some(done) = calls.join_next().await {
-        done.map_err(Failure::of("call"))??;
-    }
+        })
+    };
+    calls.await?;
     // The first message of the start counts, too.
     running.all_applied(count + 1).await?;
     running.stop().await?;
-    place.remove(servers, &names).await?;
-    let read = |times: &[AtomicU64], number: usize| times[number].load(Ordering::SeqCst);
-    let range = 0..handled.len();
-    let delays = range.clone().map(|number| {
-        let late = read(&handled, number).saturating_sub(micros(due(number as u64)));
-        late as f64 / 1_000.0
-    });
-    let prepares = range.map(|number| read(&prepared, number) as f64 / 1_000.0);
-    Ok((delays.collect(), prepares.collect()))
+    place.remove(servers, &all).await?;
+    let late = |times: &[AtomicU64], ahead: Duration| {
+        let late = |(number, time): (usize, &AtomicU64)| {
+            let due = micros(due(number as u64).saturating_sub(ahead));
+            time.load(Ordering::SeqCst).saturating_sub(due) as f64 / 1_000.0
+        };
+        times.iter().enumerate().map(late).collect()
+    };
+    Ok(Round {
+        handled: late(&handled, Duration::ZERO),
+        decided: late(&decided, Duration::ZERO),
+        prepared: late(&prepared, AHEAD),
+        confirmed: late(&confirmed, Duration::ZERO),
+    })
 }
 
-fn message(number: u64, payload: usize) -> Message {
+/// Microseconds since 1970.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "held against times of the same machine's database"
+)]
+fn wall_clock() -> Result<u64, Failure> {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+    since_1970
+        .map(micros)
+        .map_err(Failure::of("read the clock"))
+}
+
+/// Keeps the first time.
+pub(crate) fn note(times: &[AtomicU64], index: usize, time: u64) {
+    if let Some(kept) = times.get(index) {
+        let _ = kept.compare_exchange(NONE, time, Ordering::SeqCst, Ordering::SeqCst);
+    }
+}
+
+/// A message that carries its number.
+pub(crate) fn message(number: u64, payload: usize) -> Message {
     let mut bytes = number.to_le_bytes().to_vec();
-    bytes.resize(payload.max(bytes.len()), b'x');
+    bytes.extend(topology::payload(payload.saturating_sub(bytes.len())));
     Message::new(topology::TOPIC).payload("application/octet-stream", bytes)
 }
 
-fn micros(time: Duration) -> u64 {
+/// The number that a message carries.
+pub(crate) fn number(delivered: &Delivered) -> Option<usize> {
+    let number = delivered.payload.first_chunk()?;
+    usize::try_from(u64::from_le_bytes(*number)).ok()
+}
+
+pub(crate) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(NONE)
 }
 
 /// The value that this share of all is not above.
-fn at(values: &mut [f64], share: f64) -> f64 {
+pub(crate) fn at(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     let rank = (values.len() as f64 * share).ceil() as usize;
     let index = rank.saturating_sub(1).min(values.len().saturating_sub(1));

@@ -1,20 +1,35 @@
 //! What Handfast costs over the servers it runs on, and whether it stays there.
 //!
 //! In reading order: `servers` (what it runs on) · `place` (the databases and names of one run) ·
-//! `topology` · `bare` (the same work without a service) · `handfast` (the service as its own
-//! process, and the SDKs) · `rounds` (who is measured when, and the median) · `usage` (CPU, WAL,
-//! memory) · a file per mode.
+//! `topology` · `bare` (the same work without a service) · `service` (the service as its own
+//! process) · `handfast` (with the SDKs) · `sides` (who is measured when) · `rounds` (the median)
+//! · `open_loop` (calls at their times) · `usage` (CPU, WAL, memory) · `fill` (what is
+//! stored before) · a file per mode.
 
 mod bare;
+mod drain;
+mod embedded;
+mod fanout;
+mod fill;
 mod handfast;
+mod idle;
 mod latency;
+mod open_loop;
 mod options;
+mod payload;
 mod pipeline;
 mod place;
+mod pure;
 mod rounds;
+mod sdk_path;
 mod servers;
+mod service;
+mod sides;
+mod stored;
 mod topology;
+mod unary;
 mod usage;
+mod waiting;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -43,10 +58,31 @@ struct Cli {
 enum Mode {
     /// The bare pipeline beside Handfast: messages per second, and their ratio
     Pipeline(pipeline::Args),
+    /// Prepare and confirm as single calls, beside the bare pipeline
+    Unary(unary::Args),
+    /// Messages per second with 1, 2, 4 and 8 subscriptions
+    Fanout(fanout::Args),
+    /// Messages per second with payloads of 100 B to 256 KiB
+    Payload(payload::Args),
+    /// Business transactions alone, and with their messages delivered and applied
+    #[command(name = "sdk-path")]
+    SdkPath(sdk_path::Args),
+    /// An empty store beside one with millions of finished messages
+    Stored(stored::Args),
+    /// A healthy subscription beside one for which very much waits
+    Waiting(waiting::Args),
+    /// RabbitMQ gone for a while under a load that goes on
+    Drain(drain::Args),
+    /// What the service costs while nothing happens
+    Idle(idle::Args),
+    /// The embedded engines: messages per second
+    Embedded(embedded::Args),
+    /// The pure code that every message passes: nanoseconds per call
+    Pure(pure::Args),
     /// From the scheduled time of a confirm to the handler, at a fixed rate
     Latency(latency::Args),
     /// The message service of a run
-    #[command(name = handfast::SUBCOMMAND, hide = true)]
+    #[command(name = service::SUBCOMMAND, hide = true)]
     Service {
         /// Its configuration
         config: PathBuf,
@@ -72,8 +108,18 @@ fn main() -> ExitCode {
     };
     let done = match cli.mode {
         Mode::Pipeline(args) => on_a_runtime(pipeline::run(args)),
+        Mode::Unary(args) => on_a_runtime(unary::run(args)),
+        Mode::Fanout(args) => on_a_runtime(fanout::run(args)),
+        Mode::Payload(args) => on_a_runtime(payload::run(args)),
+        Mode::SdkPath(args) => on_a_runtime(sdk_path::run(args)),
+        Mode::Stored(args) => on_a_runtime(stored::run(args)),
+        Mode::Waiting(args) => on_a_runtime(waiting::run(args)),
+        Mode::Drain(args) => on_a_runtime(drain::run(args)),
+        Mode::Idle(args) => on_a_runtime(idle::run(args)),
+        Mode::Embedded(args) => on_a_runtime(embedded::run(args)),
+        Mode::Pure(args) => on_a_runtime(async move { pure::run(&args) }),
         Mode::Latency(args) => on_a_runtime(latency::run(args)),
-        Mode::Service { config } => on_a_runtime(handfast::serve(config)),
+        Mode::Service { config } => on_a_runtime(service::serve(config)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,6 +15,8 @@ pub(crate) struct Place {
     pub(crate) store: String,
     /// The consumers' database.
     pub(crate) inbox: String,
+    /// The producer's own database.
+    pub(crate) business: String,
     pub(crate) amqp: String,
     /// What every name in RabbitMQ begins with.
     pub(crate) deployment: String,
@@ -31,10 +33,12 @@ impl Place {
                 .await
                 .map_err(Failure::of("create a database"))?;
         }
-        let [store, inbox] = databases(&name).map(|database| url_of(&servers.postgres, &database));
+        let [store, inbox, business] =
+            databases(&name).map(|database| url_of(&servers.postgres, &database));
         Ok(Self {
             store,
             inbox,
+            business,
             amqp: servers.amqp.clone(),
             deployment: name,
         })
@@ -70,6 +74,12 @@ impl Place {
         Ok(())
     }
 
+    /// The name of the service's database.
+    pub(crate) fn store_database(&self) -> String {
+        let [store, ..] = databases(&self.deployment);
+        store
+    }
+
     /// The queue of a subscription.
     pub(crate) fn queue(&self, subscription: &str) -> String {
         format!("{}.{subscription}", self.deployment)
@@ -83,8 +93,8 @@ pub(crate) async fn connect(amqp: &str) -> Result<Connection, Failure> {
         .map_err(Failure::of("connect to RabbitMQ"))
 }
 
-fn databases(name: &str) -> [String; 2] {
-    [format!("{name}_store"), format!("{name}_inbox")]
+fn databases(name: &str) -> [String; 3] {
+    ["store", "inbox", "business"].map(|whose| format!("{name}_{whose}"))
 }
 
 /// The same server's URL of another database.

@@ -1,5 +1,8 @@
 //! The servers of a run: throwaway ones, unless others are named.
 
+use std::path::Path;
+use std::time::Duration;
+
 use handfast_servers::{Options as ServerOptions, Postgres, Program, RabbitMq, install_missing};
 use serde_json::{Value, json};
 use sqlx::postgres::PgConnection;
@@ -21,16 +24,43 @@ const SHOWN: [&str; 7] = [
     "max_connections",
 ];
 
+/// What must be on, or nothing is durable.
+const DURABLE: [&str; 3] = ["fsync", "synchronous_commit", "full_page_writes"];
+
 /// PostgreSQL and RabbitMQ. Dropped, the throwaway ones go.
 pub(crate) struct Servers {
     pub(crate) postgres: String,
     pub(crate) amqp: String,
-    _own: (Option<Postgres>, Option<RabbitMq>),
+    own: (Option<Postgres>, Option<RabbitMq>),
 }
 
 impl Servers {
-    /// Starts those that are not named.
-    pub(crate) async fn start(options: &Options) -> Result<Self, Failure> {
+    /// Starts those that are not named, on a machine that does nothing else, and says what a
+    /// reader of the figures needs to know.
+    pub(crate) async fn start(options: &Options) -> Result<(Self, Value), Failure> {
+        let load_average = options.load_average()?;
+        let servers = Self::started(options).await?;
+        let mut about = servers.described().await?;
+        for setting in DURABLE {
+            let found = &about["postgresql"][setting];
+            if found != "on" {
+                return Err(Failure(format!(
+                    "PostgreSQL is not durable: {setting} is {found}; figures without it say \
+                     nothing, so set it to on"
+                )));
+            }
+        }
+        if !options.anyway {
+            servers.check_idle().await?;
+        }
+        println!("load average at the start: {load_average}; {about}");
+        if let Some(about) = about.as_object_mut() {
+            about.insert("load_average".to_owned(), load_average.into());
+        }
+        Ok((servers, about))
+    }
+
+    async fn started(options: &Options) -> Result<Self, Failure> {
         let (store, broker) = (options.store.clone(), options.broker.clone());
         if store.is_none() || broker.is_none() {
             eprintln!("starting throwaway servers");
@@ -40,7 +70,7 @@ impl Servers {
     }
 
     /// Versions and settings, as the servers say them.
-    pub(crate) async fn described(&self) -> Result<Value, Failure> {
+    async fn described(&self) -> Result<Value, Failure> {
         let mut db = self.admin().await?;
         let mut settings = serde_json::Map::new();
         for name in SHOWN {
@@ -52,7 +82,55 @@ impl Servers {
                 .map_err(Failure::of("read PostgreSQL's settings"))?;
             settings.insert(name.to_owned(), value.into());
         }
-        Ok(json!({ "postgresql": settings }))
+        // A named one tells its version to its operators only.
+        let version = self
+            .own
+            .1
+            .as_ref()
+            .map(|rabbitmq| rabbitmq.ctl(&["version"]));
+        let version = version
+            .transpose()
+            .map_err(Failure::of("ask RabbitMQ for its version"))?;
+        let version = version.as_deref().unwrap_or("not known").trim();
+        Ok(json!({ "postgresql": settings, "rabbitmq": version }))
+    }
+
+    /// Refuses a PostgreSQL that somebody else works with.
+    async fn check_idle(&self) -> Result<(), Failure> {
+        let others = "SELECT count(*) FROM pg_stat_activity
+                       WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+        let others: i64 = sqlx::query_scalar(others)
+            .fetch_one(&mut self.admin().await?)
+            .await
+            .map_err(Failure::of("ask PostgreSQL who else is there"))?;
+        match others {
+            0 => Ok(()),
+            others => Err(Failure(format!(
+                "PostgreSQL is in use: {others} other connections; measure with --anyway, or leave \
+                 --store out"
+            ))),
+        }
+    }
+
+    /// Where the data of a throwaway PostgreSQL is.
+    pub(crate) fn postgres_folder(&self) -> Option<&Path> {
+        self.own.0.as_ref().map(Postgres::folder)
+    }
+
+    /// Ends the throwaway RabbitMQ for so long, and returns when it is there again.
+    pub(crate) async fn rabbitmq_gone(&mut self, gone: Duration) -> Result<(), Failure> {
+        let rabbitmq = self.own.1.take();
+        let mut rabbitmq = rabbitmq.ok_or_else(|| {
+            Failure("only a throwaway RabbitMQ can be ended; leave --broker out".to_owned())
+        })?;
+        let ended = tokio::task::spawn_blocking(move || rabbitmq.kill().map(|()| rabbitmq));
+        let ended = ended.await.map_err(Failure::of("end RabbitMQ"))?;
+        let mut rabbitmq = ended.map_err(Failure::of("end RabbitMQ"))?;
+        tokio::time::sleep(gone).await;
+        let again = tokio::task::spawn_blocking(move || rabbitmq.start_again().map(|()| rabbitmq));
+        let again = again.await.map_err(Failure::of("start RabbitMQ again"))?;
+        self.own.1 = Some(again.map_err(Failure::of("start RabbitMQ again"))?);
+        Ok(())
     }
 
     /// A connection that may create databases.
@@ -88,6 +166,6 @@ fn start(store: Option<String>, broker: Option<String>) -> Result<Servers, Failu
     Ok(Servers {
         postgres: store.or(url).unwrap_or_default(),
         amqp: broker.or(amqp).unwrap_or_default(),
-        _own: (postgres, rabbitmq),
+        own: (postgres, rabbitmq),
     })
 }

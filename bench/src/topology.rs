@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use handfast_service::topology::{Producer, Subscription, Topic, Topology};
+use rand::rngs::StdRng;
+use rand::{RngCore as _, SeedableRng as _};
 
 pub(crate) const PRODUCER: &str = "source";
 pub(crate) const TOPIC: &str = "fact";
@@ -12,6 +14,14 @@ const STATUS: &str = "http://127.0.0.1:1";
 /// The names of so many subscriptions.
 pub(crate) fn subscriptions(count: u32) -> Vec<String> {
     (1..=count).map(|number| format!("sink-{number}")).collect()
+}
+
+/// A payload of so many bytes, the same each time. Nothing compresses it: a database that stored less
+/// than it was given would make large ones look cheap.
+pub(crate) fn payload(bytes: usize) -> Vec<u8> {
+    let mut payload = vec![0; bytes];
+    StdRng::seed_from_u64(42).fill_bytes(&mut payload);
+    payload
 }
 
 /// The topology, for who has no service.
