@@ -150,11 +150,6 @@ impl Handoffs {
         state.shares.values().map(|share| share.waiting.len()).sum()
     }
 
-    /// How many subscriptions have something that waits.
-    pub fn turns(&self) -> usize {
-        self.lock().turns.len()
-    }
-
     /// What waits longest of the subscription whose turn it is, of those that may be sent to: at
     /// most so many, and so many bytes, but at least one.
     pub fn take(
@@ -301,7 +296,6 @@ mod tests {
                 .take(2, 100, |_| true)
                 .map(|(name, all)| (name, all.len()))
         };
-        assert_eq!(handoffs.turns(), 2);
         assert_eq!(next(), Some(("a".into(), 1)));
         assert_eq!(next(), Some(("b".into(), 1)));
         assert_eq!(next(), Some(("a".into(), 1)));

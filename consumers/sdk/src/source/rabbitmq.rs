@@ -18,6 +18,7 @@ mod wire;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use lapin::types::ShortString;
@@ -107,20 +108,22 @@ impl Broker {
         let (recorded_in, recorded) = mpsc::unbounded_channel();
         let stop = CancellationToken::new();
         let done = Arc::new(Recorded::default());
+        let held = Arc::new(AtomicUsize::new(0));
         let door = |what| Door::new(self.addresses.clone(), format!("{} {what}", order.consumer));
         let recorder = record::Record {
             door: door("answers"),
             acknowledge: queue(&self.deployment, "acknowledge"),
             subscription: order.subscription.clone(),
             answers: answers_out,
-            enough: (prefetch / 4).max(1),
+            enough: (prefetch / 4).clamp(1, record::MAX_WAITING),
+            held: Arc::clone(&held),
             recorded: recorded_in,
             done: Arc::clone(&done),
         };
         let receiver = receive::Receive {
             door: door("deliveries"),
             queue: queue(&self.deployment, &order.subscription),
-            held: Held::new(order.prefetch),
+            held: Held::new(order.prefetch, held),
             order,
             deliveries: deliveries_in,
             recorded,

@@ -19,9 +19,11 @@ use crate::store::Error;
 /// Channels of one lane.
 const CHANNELS: usize = 8;
 /// Flights to one queue.
-const FLIGHTS: usize = 3;
+const FLIGHTS: usize = 4;
 /// Bytes of bodies that one lane has claimed and not sent.
 const BYTES: usize = 16 * 1024 * 1024;
+/// Nothing starts with less: a flight is worth more than a message or two.
+const LEAST_BYTES: usize = 1024 * 1024;
 
 /// How a flight landed, or why it did not start.
 type Landing = Result<Landed, Error>;
@@ -76,7 +78,7 @@ impl Air {
 
     /// Whether anything may start at all.
     pub(super) fn has_room(&self) -> bool {
-        self.all.flights < CHANNELS && self.all.bytes < BYTES
+        self.all.flights < CHANNELS && self.bytes_left() >= LEAST_BYTES
     }
 
     /// Whether a flight to this queue may start.
@@ -85,11 +87,12 @@ impl Air {
         self.has_room() && to < FLIGHTS
     }
 
-    /// The same for what needs no claim. It has half of what there is, so that what has to be
-    /// claimed has its turn, too.
+    /// The same for what needs no claim. It has half of what there is, and not all flights to a
+    /// queue, so that what has to be claimed has its turn, too.
     pub(super) fn may_start_handed(&self, subscription: &str) -> bool {
-        let handed = self.handed.flights < CHANNELS / 2 && self.handed.bytes < BYTES / 2;
-        handed && self.may_start(subscription)
+        let to = self.to.get(subscription).copied().unwrap_or_default();
+        let handed = self.handed.flights < CHANNELS / 2 && self.handed_bytes_left() > 0;
+        handed && to < FLIGHTS - 1 && self.has_room()
     }
 
     /// Bytes that may be claimed.
@@ -99,7 +102,8 @@ impl Air {
 
     /// Bytes that may start without a claim.
     pub(super) fn handed_bytes_left(&self) -> usize {
-        (BYTES / 2).saturating_sub(self.handed.bytes)
+        let left = (BYTES / 2).saturating_sub(self.handed.bytes);
+        left.min(self.bytes_left())
     }
 
     /// Follows a flight.
@@ -183,6 +187,8 @@ async fn until_late(
             Ok(Err(_)) => return None,
             // Nobody is served then, and the flight goes on when it is over.
             Err(_) if rabbit.publishing.is_blocked() => {}
+            // It still waits for the store, which is not its queue's fault.
+            Err(_) if !tag.has_started() => {}
             Err(_) => {
                 tag.leave_alone(&rabbit.queues);
                 return None;

@@ -89,11 +89,40 @@ impl Carrier {
 pub(super) struct Tag {
     number: u64,
     subscription: String,
+    /// It has taken off: from then on it waits for RabbitMQ and for nobody else.
+    started: Arc<AtomicBool>,
     landed: Arc<AtomicBool>,
 }
 
+/// Dropped when a flight is over, however it ended.
+pub(super) struct Over {
+    rabbit: Arc<RabbitMq>,
+    tag: Tag,
+}
+
+impl Drop for Over {
+    /// Otherwise its queue would be left alone for ever.
+    fn drop(&mut self) {
+        self.tag.landed.store(true, Ordering::SeqCst);
+        self.tag.open_again(&self.rabbit.queues);
+    }
+}
+
 impl Tag {
-    /// Sends nothing more to the queue of this flight until it has landed.
+    /// To be kept for as long as the flight lasts.
+    pub(super) fn until_over(&self, rabbit: &Arc<RabbitMq>) -> Over {
+        Over {
+            rabbit: Arc::clone(rabbit),
+            tag: self.clone(),
+        }
+    }
+
+    pub(super) fn has_started(&self) -> bool {
+        self.started.load(Ordering::SeqCst)
+    }
+
+    /// Sends nothing more to the queue of this flight until it has landed. If several to the same
+    /// queue are late, the first of them stands for all.
     pub(super) fn leave_alone(&self, queues: &Queues) {
         let open = |health: &Health| *health == Health::Open;
         queues.turn(&self.subscription, open, Health::Slow(self.number));
@@ -150,6 +179,7 @@ impl Flight {
                 payload: claim.payload,
             });
         }
+        tag.started.store(true, Ordering::SeqCst);
         Self {
             tag,
             rabbit: Arc::clone(rabbit),
@@ -268,6 +298,7 @@ impl RabbitMq {
         Tag {
             number: self.flights.fetch_add(1, Ordering::Relaxed),
             subscription: subscription.to_owned(),
+            started: Arc::default(),
             landed: Arc::default(),
         }
     }

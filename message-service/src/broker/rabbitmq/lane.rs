@@ -170,6 +170,7 @@ impl Running {
         let landing = self.rabbit.tasks.spawn({
             let tag = tag.clone();
             async move {
+                let _over = tag.until_over(&rabbit);
                 let loaded = rabbit.load(leased).await?;
                 let flight = Flight::start(&rabbit, &rabbit.publishing, tag, carrier, loaded);
                 Ok(flight.await.land().await)
@@ -182,7 +183,8 @@ impl Running {
     async fn start_claimed(&mut self, started: &mut Started) {
         let mut refused = false;
         for subscription in self.rabbit.queues.turns(self.pace) {
-            if refused || !self.air.may_start(&subscription) {
+            let draining = self.rabbit.draining.is_cancelled();
+            if refused || draining || !self.air.may_start(&subscription) {
                 self.rabbit.queues.more(self.pace, &subscription);
                 continue;
             }
@@ -191,14 +193,18 @@ impl Running {
                 self.rabbit.queues.more(self.pace, &subscription);
                 continue;
             }
-            let claimed = self.claim(&subscription, limit).await;
+            let max_bytes = self.air.bytes_left();
+            let claimed = self.claim(&subscription, limit, max_bytes).await;
             let Some((loaded, next_due_in)) = claimed else {
                 self.rabbit.queues.landed(&subscription, limit as u64, 0);
                 self.rabbit.queues.more(self.pace, &subscription);
                 refused = true;
                 continue;
             };
-            if loaded.len() == limit || next_due_in == Some(Duration::ZERO) {
+            // Cut off by number or by bytes, there is more.
+            let bytes: usize = loaded.iter().map(body_bytes).sum();
+            let is_cut = loaded.len() == limit || bytes >= max_bytes / 2;
+            if is_cut || next_due_in == Some(Duration::ZERO) {
                 self.rabbit.queues.more(self.pace, &subscription);
             }
             let unused = limit - loaded.len();
@@ -222,8 +228,8 @@ impl Running {
         &mut self,
         subscription: &str,
         limit: usize,
+        max_bytes: usize,
     ) -> Option<(Vec<Loaded>, Option<Duration>)> {
-        let max_bytes = self.air.bytes_left();
         let lane = match self.pace {
             Pace::Fresh => Lane::Fresh { limit, max_bytes },
             Pace::Drain => Lane::Normal { limit, max_bytes },
@@ -244,6 +250,7 @@ impl Running {
         let landing = self.rabbit.tasks.spawn({
             let tag = tag.clone();
             async move {
+                let _over = tag.until_over(&rabbit);
                 let flight = Flight::start(&rabbit, &rabbit.publishing, tag, carrier, loaded);
                 Ok(flight.await.land().await)
             }

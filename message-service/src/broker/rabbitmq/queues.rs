@@ -43,7 +43,7 @@ pub(super) enum Health {
     Undeclared(String),
     /// It may.
     Open,
-    /// A flight waits for its confirm; nothing else is sent until that is over.
+    /// This flight has waited for long; nothing else is sent until it has landed.
     Slow(u64),
     /// It did not take what it was sent; it is tried with single messages.
     Probation(String),

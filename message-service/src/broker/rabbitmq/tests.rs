@@ -12,7 +12,7 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::message::{Answer, AnswerKind, DeliveryState, NewMessage};
+use crate::message::{Answer, AnswerKind, ContentHash, DeliveryState, NewMessage};
 use crate::store::Handoff;
 use crate::world::{DEADLINE, TOPIC, World, id, message};
 
@@ -236,6 +236,43 @@ async fn what_comes_due_by_time_is_sent_however_busy_others_are() {
     scene.world.clock.advance(Duration::from_secs(61));
     assert_eq!(received(&mut accounting, 1).await.len(), 1);
     busy.abort();
+    scene.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_that_cannot_be_read_closes_no_queue() {
+    let scene = scene().await;
+    let mut consumer = scene.consume("accounting").await;
+    eventually("its queue is open", async || {
+        let rooms = scene.rabbit.queues.rooms();
+        rooms
+            .iter()
+            .any(|(name, room)| name == "accounting" && *room > 0)
+    })
+    .await;
+    // That the lease cannot be given back takes longer than a flight is followed.
+    let store = &scene.world.store;
+    store.fail(&["load", "return_unsent"]);
+    let handed = Handed {
+        subscription: "accounting".into(),
+        id: id(1),
+        token: Uuid::from_u128(1),
+        producer: "payment".into(),
+        topic: TOPIC.into(),
+        key: None,
+        sent_at: Timestamp::from_micros(1),
+        body_bytes: 1,
+        bucket: 1,
+        content_hash: ContentHash::from_bytes([0; 32]),
+    };
+    let permit = scene.rabbit.permit(1);
+    scene.rabbit.hand_over(permit, vec![handed]).await;
+    store.until_called("return_unsent", 3).await;
+    store.heal();
+    scene.publish([2]).await;
+    let arrived = received(&mut consumer, 1).await;
+    assert_eq!(arrived.len(), 1);
+    assert_eq!(arrived[0].0, id(2).to_string());
     scene.end().await;
 }
 

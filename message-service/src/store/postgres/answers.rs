@@ -137,7 +137,7 @@ pub(super) const CONSUME: &str = "-- consume
           FROM input i
           JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = i.subscription
          WHERE d.state IN ('PENDING', 'SENT', 'DEAD', 'SKIPPED')
-         ORDER BY i.id, i.subscription FOR UPDATE OF d /* waits */
+         ORDER BY i.id, d.subscription FOR UPDATE OF d /* waits */
     )
     UPDATE delivery d
        SET state = 'CONSUMED', due_at = NULL, token = NULL,

@@ -399,7 +399,7 @@ pub(super) const MARK_SENT: &str = "-- mark sent
         SELECT d.message_id, d.subscription, i.wait
           FROM input i JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = i.subscription
          WHERE (d.state = 'PENDING' AND d.token = i.token) IS TRUE
-         ORDER BY i.id, i.subscription FOR UPDATE OF d /* waits */
+         ORDER BY i.id, d.subscription FOR UPDATE OF d /* waits */
     )
     UPDATE delivery d SET state = 'SENT', due_at = clock_timestamp() + l.wait, token = NULL
       FROM locked l
@@ -414,7 +414,7 @@ const RENEW: &str = "-- renew leases
         SELECT d.message_id, d.subscription, i.wait
           FROM input i JOIN delivery d ON d.message_id = ANY (ARRAY[i.id]) AND d.subscription = i.subscription
          WHERE (d.state = 'PENDING' AND d.token = i.token) IS TRUE
-         ORDER BY i.id, i.subscription FOR UPDATE OF d /* waits */
+         ORDER BY i.id, d.subscription FOR UPDATE OF d /* waits */
     )
     UPDATE delivery d SET due_at = clock_timestamp() + l.wait
       FROM locked l

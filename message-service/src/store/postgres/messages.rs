@@ -292,7 +292,8 @@ async fn check_at_once(db: &mut Session, holders: Vec<MessageId>) -> Result<(), 
                                          AND m.check_at > clock_timestamp()) IS TRUE
               ORDER BY m.id FOR UPDATE OF m /* waits */
          )
-         UPDATE message m SET check_at = clock_timestamp() FROM locked l WHERE m.id = l.id
+         UPDATE message m SET check_at = clock_timestamp() FROM locked l
+          WHERE m.id = ANY (ARRAY[l.id])
          RETURNING m.id",
         |query| query.bind(&ids),
     )

@@ -44,6 +44,8 @@ const CLOCK_EVERY: Duration = Duration::from_secs(5);
 const READERS: usize = 4;
 /// Connections that read for people, beside those.
 const PEOPLE: usize = 2;
+/// Connections that read bodies, for two flights at a time.
+const BODIES: usize = 2;
 
 /// Which database, and how many connections may read from it. Shown without its password.
 #[derive(Clone)]
@@ -234,7 +236,7 @@ impl PostgresStore {
         };
         let readers = |number| Readers::new(Arc::clone(&options), number, Arc::clone(&repeats));
         let people = readers(address.readers.min(PEOPLE));
-        let bodies = readers(1);
+        let bodies = readers(BODIES);
         let readers = readers(address.readers);
         let watch = tokio::spawn(watch(Arc::clone(&clock), session(Use::Read)));
         Self {

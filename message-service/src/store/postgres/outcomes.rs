@@ -330,7 +330,7 @@ pub(super) const WRITE: &str = "-- write outcomes
          WHERE d.state = i.seen_state AND d.token IS NOT DISTINCT FROM i.seen_token
            AND d.generation = i.seen_generation AND d.answered_generation = i.seen_answered
            AND d.stream_ends = i.seen_ends
-         ORDER BY i.id, i.subscription FOR UPDATE OF d /* waits */
+         ORDER BY i.id, d.subscription FOR UPDATE OF d /* waits */
     ), written AS (
         UPDATE delivery d
            SET state = l.state, due_at = l.due_at, token = NULL, attempts = l.attempts,

@@ -13,6 +13,8 @@ use crate::message::{ContentHash, MessageId, NewMessage};
 /// Bytes of bodies that are kept. At 10,000 messages of 1 KiB per second these are the bodies of
 /// 0.8 s, and most confirms come sooner.
 const BYTES: usize = 8 * 1024 * 1024;
+/// What a body takes beside its bytes, so that empty ones are bounded, too.
+const OVERHEAD: usize = 256;
 
 /// The bodies, oldest first out.
 #[derive(Default)]
@@ -31,7 +33,7 @@ struct State {
 impl Recent {
     /// Keeps the body of a message that was written with this hash.
     pub(super) fn keep(&self, message: &NewMessage, hash: ContentHash) {
-        let bytes = message.body_bytes();
+        let bytes = message.body_bytes() + message.content_type.len() + OVERHEAD;
         if bytes > BYTES / 8 {
             return;
         }
@@ -111,7 +113,7 @@ mod tests {
     #[test]
     fn the_oldest_bodies_go_when_there_are_too_many_bytes() {
         let recent = Recent::default();
-        let large = vec![b'x'; BYTES / 8 - 100];
+        let large = vec![b'x'; BYTES / 8 - OVERHEAD];
         let messages: Vec<_> = (1..=20).map(|id| message(id, &large)).collect();
         messages.iter().for_each(|message| keep(&recent, message));
         let here = |message: &&NewMessage| payload(&recent, message).is_some();
@@ -122,5 +124,15 @@ mod tests {
         assert_eq!(payload(&recent, &too_large), None);
         let state = recent.lock();
         assert_eq!(state.bodies.len(), state.order.len());
+    }
+
+    #[test]
+    fn bodies_without_a_byte_are_bounded_too() {
+        let recent = Recent::default();
+        let many = (BYTES / OVERHEAD) as u128;
+        for id in 1..=2 * many {
+            keep(&recent, &message(id, b""));
+        }
+        assert_eq!(recent.lock().bodies.len() as u128, many);
     }
 }

@@ -1,6 +1,8 @@
 //! Which deliveries are here unanswered, and what RabbitMQ is told when answers are recorded.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use uuid::Uuid;
 
@@ -39,6 +41,8 @@ pub(super) struct Held {
     seen_ahead: BTreeSet<u64>,
     /// How many have lost their tag.
     lost: u32,
+    /// How many are here, for who publishes their answers.
+    here: Arc<AtomicUsize>,
 }
 
 /// What to ack.
@@ -52,9 +56,10 @@ pub(super) struct Acks {
 
 impl Held {
     /// For a prefetch of so many deliveries. A quarter of it may wait to be acked together.
-    pub(super) fn new(prefetch: u32) -> Self {
+    pub(super) fn new(prefetch: u32, here: Arc<AtomicUsize>) -> Self {
         Self {
             may_wait: prefetch as usize / 4,
+            here,
             ..Self::default()
         }
     }
@@ -62,6 +67,7 @@ impl Held {
     pub(super) fn take(&mut self, key: Key, tag: u64) {
         self.pass(tag);
         self.tags.entry(key).or_default().push_back(Some(tag));
+        self.here.fetch_add(1, Ordering::Relaxed);
         self.unanswered.insert(tag);
     }
 
@@ -108,7 +114,11 @@ impl Held {
             let Some(copies) = self.tags.get_mut(key) else {
                 continue;
             };
-            match copies.pop_front() {
+            let copy = copies.pop_front();
+            if copy.is_some() {
+                self.here.fetch_sub(1, Ordering::Relaxed);
+            }
+            match copy {
                 Some(Some(tag)) => {
                     self.unanswered.remove(&tag);
                     self.answered.insert(tag);
@@ -148,7 +158,7 @@ mod tests {
 
     /// Of a prefetch so small that nothing may wait.
     fn held(tags: &[u64]) -> Held {
-        let mut held = Held::new(3);
+        let mut held = Held::new(3, Arc::default());
         for tag in tags {
             held.take(key(u128::from(*tag)), *tag);
         }
@@ -172,11 +182,14 @@ mod tests {
 
     #[test]
     fn acks_wait_for_what_comes_before_them_up_to_a_quarter_of_the_prefetch() {
-        let mut held = Held::new(8);
+        let here = Arc::new(AtomicUsize::new(0));
+        let mut held = Held::new(8, Arc::clone(&here));
         for tag in 1..=8 {
             held.take(key(u128::from(tag)), tag);
         }
+        assert_eq!(here.load(Ordering::Relaxed), 8);
         assert_eq!(settle(&mut held, &[2, 4]), (None, vec![]));
+        assert_eq!(here.load(Ordering::Relaxed), 6);
         assert_eq!(settle(&mut held, &[1]), (Some(2), vec![]));
         assert_eq!(settle(&mut held, &[5, 6]), (None, vec![4, 5, 6]));
         assert_eq!(settle(&mut held, &[8]), (None, vec![]));

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use handfast_fail_points::{Point, hit};
@@ -21,9 +21,9 @@ use crate::source::Recorded;
 use crate::source::reachable::Reachable;
 
 /// How many answers are taken from the consumer before they are published.
-const MAX_WAITING: usize = 500;
-/// How long an answer waits for company. Nobody waits for it, and each message of answers costs
-/// RabbitMQ and the service a write of their own.
+pub(super) const MAX_WAITING: usize = 500;
+/// How long an answer waits for company: each message of answers costs RabbitMQ and the service a
+/// write of their own.
 const COMPANY: Duration = Duration::from_millis(20);
 /// Messages of answers survive a restart of RabbitMQ.
 const PERSISTENT: u8 = 2;
@@ -36,6 +36,8 @@ pub(super) struct Record {
     pub(super) answers: mpsc::Receiver<Answered>,
     /// So many answers do not wait for company: their deliveries take too much of the prefetch.
     pub(super) enough: usize,
+    /// How many deliveries are here: no company can come when all of them are answered.
+    pub(super) held: Arc<AtomicUsize>,
     /// Tells which answers are confirmed, so that their deliveries can be acked.
     pub(super) recorded: mpsc::UnboundedSender<Vec<Key>>,
     pub(super) done: Arc<Recorded>,
@@ -101,7 +103,7 @@ impl Record {
     /// Takes answers until there are enough, or the first has waited for long.
     async fn collect(&mut self, waiting: &mut VecDeque<Answered>) {
         let until = Instant::now() + COMPANY;
-        while waiting.len() < self.enough
+        while waiting.len() < self.enough.min(self.held.load(Ordering::Relaxed))
             && let Ok(Some(answer)) = timeout_at(until, self.answers.recv()).await
         {
             waiting.push_back(answer);
