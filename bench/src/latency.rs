@@ -52,9 +52,6 @@ pub(crate) struct Args {
     backlog: u64,
 }
 
-/// Whom the backlog is for.
-const ASLEEP: &str = "asleep";
-
 /// Measures round by round.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let options = &args.options;
@@ -154,11 +151,18 @@ async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
     };
     let mut all = names;
     if args.backlog > 0 {
-        plan.unattended.push(ASLEEP.to_owned());
-        all.push(ASLEEP.to_owned());
+        plan.unattended.push(topology::ASLEEP.to_owned());
+        all.push(topology::ASLEEP.to_owned());
         fill::schema(&place, &all).await?;
         let payload = args.options.payload as usize;
-        fill::load(&place, ASLEEP, Kind::Waiting, args.backlog, payload).await?;
+        fill::load(
+            &place,
+            topology::ASLEEP,
+            Kind::Waiting,
+            args.backlog,
+            payload,
+        )
+        .await?;
     }
     let mut running = Running::start(&place, plan, seen).await?;
     let first = zero.elapsed() + FIRST;

@@ -158,8 +158,15 @@ fn on_a_runtime(run: impl Future<Output = Result<(), Failure>>) -> Result<(), Op
         .map_err(|error| Some(Failure(format!("cannot start the runtime: {error}"))))?;
     runtime.block_on(async {
         tokio::select! {
-            done = run => done.map_err(Some),
-            _ = tokio::signal::ctrl_c() => Err(None),
+            done = run => return done.map_err(Some),
+            _ = tokio::signal::ctrl_c() => {}
         }
+        // What it had started is gone; what it had made on servers that stay goes now, unless
+        // somebody is in a hurry.
+        tokio::select! {
+            () = place::remove_open() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+        Err(None)
     })
 }

@@ -1,12 +1,36 @@
 //! The databases and names of one run: new ones each time, so that every round meets the same.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use lapin::options::QueueDeleteOptions;
 use lapin::{Connection, ConnectionProperties};
-use sqlx::{AssertSqlSafe, Executor as _};
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection as _, Executor as _};
 use uuid::Uuid;
 
-use crate::Failure;
 use crate::servers::Servers;
+use crate::{Failure, topology};
+
+/// Places on servers that stay, and the URL of their PostgreSQL: an interrupted run leaves none.
+static OPEN: Mutex<Vec<(String, Place)>> = Mutex::new(Vec::new());
+
+fn open() -> MutexGuard<'static, Vec<(String, Place)>> {
+    // A panic while the lock is held leaves a whole list.
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes the places of an interrupted run. What cannot be removed is said.
+pub(crate) async fn remove_open() {
+    let all = std::mem::take(&mut *open());
+    for (postgres, place) in all {
+        let name = place.deployment.clone();
+        let mut subscriptions = topology::subscriptions(topology::MOST_SUBSCRIPTIONS);
+        subscriptions.push(topology::ASLEEP.to_owned());
+        if let Err(Failure(line)) = place.remove_at(&postgres, &subscriptions).await {
+            eprintln!("databases and queues named {name}* are left: {line}");
+        }
+    }
+}
 
 /// Where one run happens.
 #[derive(Clone, Debug)]
@@ -26,22 +50,27 @@ impl Place {
     /// Makes the databases.
     pub(crate) async fn make(servers: &Servers) -> Result<Self, Failure> {
         let name = format!("bench_{}", &Uuid::new_v4().simple().to_string()[..12]);
-        let mut admin = servers.admin().await?;
-        for database in databases(&name) {
-            admin
-                .execute(AssertSqlSafe(format!("CREATE DATABASE {database}")))
-                .await
-                .map_err(Failure::of("create a database"))?;
-        }
         let [store, inbox, business] =
             databases(&name).map(|database| url_of(&servers.postgres, &database));
-        Ok(Self {
+        let place = Self {
             store,
             inbox,
             business,
             amqp: servers.amqp.clone(),
             deployment: name,
-        })
+        };
+        // Before anything is made, so that nothing is forgotten.
+        if servers.stay() {
+            open().push((servers.postgres.clone(), place.clone()));
+        }
+        let mut admin = servers.admin().await?;
+        for database in databases(&place.deployment) {
+            admin
+                .execute(AssertSqlSafe(format!("CREATE DATABASE {database}")))
+                .await
+                .map_err(Failure::of("create a database"))?;
+        }
+        Ok(place)
     }
 
     /// Removes what it made, and the queues of these subscriptions.
@@ -50,6 +79,11 @@ impl Place {
         servers: &Servers,
         subscriptions: &[String],
     ) -> Result<(), Failure> {
+        open().retain(|(_, place)| place.deployment != self.deployment);
+        self.remove_at(&servers.postgres, subscriptions).await
+    }
+
+    async fn remove_at(self, postgres: &str, subscriptions: &[String]) -> Result<(), Failure> {
         let connection = connect(&self.amqp).await?;
         let own = ["acknowledge", "mark"].map(str::to_owned);
         for name in own.iter().chain(subscriptions) {
@@ -63,9 +97,9 @@ impl Place {
                 .map_err(Failure::of("delete a queue"))?;
         }
         let _ = connection.close(200, "done".into()).await;
-        let mut admin = servers.admin().await?;
+        let mut admin = admin(postgres).await?;
         for database in databases(&self.deployment) {
-            let drop = format!("DROP DATABASE {database} WITH (FORCE)");
+            let drop = format!("DROP DATABASE IF EXISTS {database} WITH (FORCE)");
             admin
                 .execute(AssertSqlSafe(drop))
                 .await
@@ -84,6 +118,13 @@ impl Place {
     pub(crate) fn queue(&self, subscription: &str) -> String {
         format!("{}.{subscription}", self.deployment)
     }
+}
+
+/// A connection that may create databases.
+pub(crate) async fn admin(postgres: &str) -> Result<PgConnection, Failure> {
+    PgConnection::connect(postgres)
+        .await
+        .map_err(Failure::of("connect to PostgreSQL"))
 }
 
 /// A connection to RabbitMQ.

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use handfast_servers::{Options as ServerOptions, Postgres, Program, RabbitMq, install_missing};
 use serde_json::{Value, json};
+use sqlx::Row as _;
 use sqlx::postgres::PgConnection;
-use sqlx::{Connection as _, Row as _};
 
 use crate::Failure;
 use crate::options::Options;
+use crate::place::admin;
 
 /// What a throwaway PostgreSQL is told for speed; all else that matters is its default.
 const SETTINGS: [(&str, &str); 2] = [("shared_buffers", "512MB"), ("max_wal_size", "4GB")];
@@ -135,9 +136,12 @@ impl Servers {
 
     /// A connection that may create databases.
     pub(crate) async fn admin(&self) -> Result<PgConnection, Failure> {
-        PgConnection::connect(&self.postgres)
-            .await
-            .map_err(Failure::of("connect to PostgreSQL"))
+        admin(&self.postgres).await
+    }
+
+    /// Whether one of them stays when this is dropped.
+    pub(crate) fn stay(&self) -> bool {
+        self.own.0.is_none() || self.own.1.is_none()
     }
 }
 

@@ -8,6 +8,10 @@ use rand::{RngCore as _, SeedableRng as _};
 
 pub(crate) const PRODUCER: &str = "source";
 pub(crate) const TOPIC: &str = "fact";
+/// The subscription that nobody consumes, where there is one.
+pub(crate) const ASLEEP: &str = "asleep";
+/// No run has more that are consumed.
+pub(crate) const MOST_SUBSCRIPTIONS: u32 = 16;
 /// Nobody answers there. What is prepared is confirmed long before anybody would be asked.
 const STATUS: &str = "http://127.0.0.1:1";
 

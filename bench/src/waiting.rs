@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use handfast_service::store::{Lane, Store as _};
 use serde_json::json;
 
-use crate::Failure;
 use crate::fill::{self, Kind};
 use crate::handfast::{self, Plan, Running};
 use crate::options::Options;
 use crate::place::Place;
 use crate::rounds::{Figures, head};
 use crate::servers::Servers;
+use crate::{Failure, topology};
 
 /// What the mode takes.
 #[derive(Debug, clap::Args)]
@@ -48,7 +48,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     fill::check_space(servers.postgres_folder(), args.waiting)?;
     let payload = options.payload as usize;
     let place = Place::make(&servers).await?;
-    let (healthy, asleep) = ("sink-1".to_owned(), "asleep".to_owned());
+    let (healthy, asleep) = ("sink-1".to_owned(), topology::ASLEEP.to_owned());
     let names = [healthy.clone(), asleep.clone()];
     fill::schema(&place, &names).await?;
     fill::load(&place, &asleep, Kind::Waiting, args.waiting, payload).await?;

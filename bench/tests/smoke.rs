@@ -2,7 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests may fail loudly")]
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -205,6 +206,58 @@ fn a_named_rabbitmq_is_not_ended() {
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(said.contains("leave --broker out"), "{said}");
     assert_eq!(said.trim().lines().count(), 1, "{said}");
+}
+
+#[test]
+fn an_interrupted_run_leaves_nothing_on_servers_that_stay() {
+    let store = std::env::var("HANDFAST_TEST_POSTGRES").unwrap();
+    let broker = std::env::var("HANDFAST_TEST_AMQP").unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let ask = |sql: String| {
+        runtime.block_on(async {
+            use sqlx::{Connection as _, Row as _};
+            let mut db = sqlx::PgConnection::connect(&store).await.unwrap();
+            let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+                .fetch_optional(&mut db)
+                .await;
+            row.unwrap().map(|row| row.get::<i64, _>(0))
+        })
+    };
+    // Its databases are known by who owns them.
+    let role = format!("bench_{}", uuid::Uuid::new_v4().simple());
+    ask(format!("CREATE ROLE {role} LOGIN CREATEDB"));
+    let databases = || {
+        let of = format!(
+            "SELECT count(*) FROM pg_database d JOIN pg_roles r ON r.oid = d.datdba
+              WHERE r.rolname = '{role}'"
+        );
+        ask(of).unwrap()
+    };
+    let (before, after) = store.split_once("//").unwrap();
+    let (_, server) = after.split_once('@').unwrap();
+    let mut running = Command::new(env!("CARGO_BIN_EXE_bench"))
+        .args([
+            "pipeline",
+            "--anyway",
+            "--store",
+            &format!("{before}//{role}@{server}"),
+        ])
+        .args(["--broker", &broker])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while databases() < 3 && Instant::now() < deadline {
+        runtime.block_on(async { tokio::time::sleep(Duration::from_millis(20)).await });
+    }
+    assert_eq!(databases(), 3);
+    let pid = running.id().to_string();
+    let sent = Command::new("kill").args(["-INT", &pid]).status().unwrap();
+    assert!(sent.success());
+    assert_eq!(running.wait().unwrap().code(), Some(130));
+    assert_eq!(databases(), 0);
+    ask(format!("DROP ROLE {role}"));
 }
 
 #[test]
