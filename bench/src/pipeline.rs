@@ -101,18 +101,30 @@ pub(crate) async fn measured(
     call: impl AsyncFnOnce(&Running) -> Result<(), Failure>,
 ) -> Result<Run, Failure> {
     let place = Place::make(servers).await?;
+    let run = measured_at(servers, &place, names, messages, call).await?;
+    place.remove(servers, names).await?;
+    Ok(run)
+}
+
+/// The same at a place that stays.
+pub(crate) async fn measured_at(
+    servers: &Servers,
+    place: &Place,
+    names: &[String],
+    messages: u64,
+    call: impl AsyncFnOnce(&Running) -> Result<(), Failure>,
+) -> Result<Run, Failure> {
     let plan = Plan {
         consumed: names.to_vec(),
         large_batches: true,
         ..Plan::default()
     };
-    let mut running = Running::start(&place, plan, |_| {}).await?;
+    let mut running = Running::start(place, plan, |_| {}).await?;
     let before = Usage::now(servers).await?;
     let took = running.load(messages, call).await?;
     let used = before.until_now(servers, messages).await?;
     let peak_mib = running.service.peak_mib()?;
     running.stop().await?;
-    place.remove(servers, names).await?;
     Ok(Run {
         per_second: messages as f64 / took.as_secs_f64(),
         used,

@@ -5,13 +5,12 @@ use serde_json::json;
 use sqlx::Executor as _;
 
 use crate::fill::{self, Kind};
-use crate::handfast::{self, Plan, Running};
 use crate::options::Options;
+use crate::pipeline::measured_at;
 use crate::place::Place;
 use crate::servers::Servers;
 use crate::sides::{Run, alternate};
-use crate::usage::Usage;
-use crate::{Failure, topology};
+use crate::{Failure, handfast, topology};
 
 /// What the mode takes.
 #[derive(Debug, clap::Args)]
@@ -94,25 +93,9 @@ async fn one(
     names: &[String],
     args: &Args,
 ) -> Result<Run, Failure> {
-    let plan = Plan {
-        consumed: names.to_vec(),
-        large_batches: true,
-        ..Plan::default()
-    };
-    let mut running = Running::start(place, plan, |_| {}).await?;
-    let before = Usage::now(servers).await?;
     let (messages, payload) = (args.messages, args.options.payload as usize);
-    let took = running
-        .load(messages, async |running| {
-            handfast::call(&running.producer, messages, payload, args.in_flight).await
-        })
-        .await?;
-    let used = before.until_now(servers, messages).await?;
-    let peak_mib = running.service.peak_mib()?;
-    running.stop().await?;
-    Ok(Run {
-        per_second: messages as f64 / took.as_secs_f64(),
-        used,
-        peak_mib,
+    measured_at(servers, place, names, messages, async |running| {
+        handfast::call(&running.producer, messages, payload, args.in_flight).await
     })
+    .await
 }
