@@ -1,15 +1,20 @@
 //! The databases and names of one run: new ones each time, so that every round meets the same.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use lapin::options::QueueDeleteOptions;
 use lapin::{Connection, ConnectionProperties};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::servers::Servers;
 use crate::{Failure, topology};
+
+/// An end that was not confirmed by then is left to happen by itself.
+const CLOSE: Duration = Duration::from_secs(2);
 
 /// Places on servers that stay, and the URL of their PostgreSQL: an interrupted run leaves none.
 static OPEN: Mutex<Vec<(String, Place)>> = Mutex::new(Vec::new());
@@ -96,7 +101,8 @@ impl Place {
                 .await
                 .map_err(Failure::of("delete a queue"))?;
         }
-        let _ = connection.close(200, "done".into()).await;
+        // lapin may end its own loop before it says that RabbitMQ has closed; then nobody answers.
+        let _ = timeout(CLOSE, connection.close(200, "done".into())).await;
         let mut admin = admin(postgres).await?;
         for database in databases(&self.deployment) {
             let drop = format!("DROP DATABASE IF EXISTS {database} WITH (FORCE)");

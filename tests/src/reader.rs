@@ -14,7 +14,7 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProper
 use uuid::Uuid;
 
 use crate::clients::RawConsumer;
-use crate::home::Engines;
+use crate::home::{Engines, hang_up};
 use crate::wait::eventually;
 use crate::world::World;
 
@@ -174,8 +174,7 @@ impl QueueConsumer {
 
     /// Hangs up; what was not answered goes back to the queue.
     pub async fn close(self) {
-        let closed = self.connection.close(200, "done".into()).await;
-        closed.expect("the connection closes");
+        hang_up(self.connection).await;
     }
 }
 
@@ -234,7 +233,7 @@ impl World {
         let queue = format!("{deployment}.{subscription}");
         let deleted = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default());
         deleted.await.expect("a queue is deleted");
-        connection.close(200, "done".into()).await.expect("an end");
+        hang_up(connection).await;
     }
 
     /// How many messages wait in the queue of a subscription, without those that consumers hold.
@@ -243,7 +242,7 @@ impl World {
         let connection = Connection::connect(&url, ConnectionProperties::default());
         let connection = connection.await.expect("RabbitMQ is there");
         let waiting = until_declared(&connection, &format!("{deployment}.{subscription}")).await;
-        connection.close(200, "done".into()).await.expect("an end");
+        hang_up(connection).await;
         waiting
     }
 
