@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use async_trait::async_trait;
 
 use crate::message::{Answer, MessageId};
-use crate::store::{Handed, Heard, Overdue};
+use crate::store::{Due, Handed, Heard, Overdue};
 pub use handoff::Permit;
 
 /// What the service and the recovery pass need of a broker.
@@ -21,6 +21,9 @@ pub trait Broker: Send + Sync + 'static {
     /// Deliveries on these topics became due. A signal is only latency: a broker that misses
     /// it finds them by itself soon after.
     fn due(&self, topics: &BTreeSet<String>);
+
+    /// What is due was looked at, about once a second. Only a signal, too.
+    fn look_at(&self, due: &Due);
 
     /// What a confirm of so many messages may lease to this process, to be sent at once.
     fn permit(&self, messages: usize) -> Permit;

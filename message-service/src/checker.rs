@@ -32,7 +32,7 @@ pub struct Settings {
     /// How long a message that is being asked about is kept from being asked about again;
     /// longer than a call may take. It saves work and is not needed for correctness.
     pub lease: Duration,
-    /// How often a lane looks for messages whose check is due.
+    /// How often a lane looks for messages whose check is due, if nobody tells it.
     pub poll: Duration,
     /// The wait after the first call without an answer; doubles with every further one.
     pub first_retry: Duration,
@@ -48,7 +48,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             lease: Duration::from_secs(30),
-            poll: Duration::from_millis(500),
+            poll: pass::QUIET,
             first_retry: Duration::from_millis(500),
             slowest_retry: Duration::from_secs(30),
             lanes_period: Duration::from_secs(1),
@@ -213,7 +213,8 @@ fn has_endpoint(topology: &crate::topology::Topology, producer: &str) -> bool {
 }
 
 async fn run_lane(lane: Arc<Lane>, stop: CancellationToken) {
-    let pace = Pace::new(lane.shared.settings.poll, lane.seed());
+    let settings = &lane.shared.settings;
+    let pace = Pace::when_told(settings.poll, settings.first_retry, lane.seed());
     let name = format!("checker of producer {}", lane.producer);
     pass::run(&name, pace, &lane.signal, &stop, || async {
         lane.run_once().await.map(|page| page.next())

@@ -2,8 +2,8 @@
 //!
 //! In reading order: [`message`] (what may become of a message; pure) · [`topology`] ·
 //! [`store`] (port) · [`producer`] (port: what became of it?) · [`broker`] (how deliveries
-//! reach consumers) · [`service`] (the verbs) · [`checker`], [`recovery`], [`retention`] (the
-//! passes) · [`api`] (gRPC) · [`config`] · [`serve`] (wiring).
+//! reach consumers) · [`service`] (the verbs) · [`look`] (what is due?) · [`checker`],
+//! [`recovery`], [`retention`] (the passes) · [`api`] (gRPC) · [`config`] · [`serve`] (wiring).
 
 pub mod answered;
 pub mod api;
@@ -11,6 +11,7 @@ pub mod broker;
 pub mod checker;
 pub mod clock;
 pub mod config;
+pub mod look;
 pub mod message;
 pub mod pass;
 pub mod presence;

@@ -14,6 +14,9 @@ use rand::{Rng as _, SeedableRng as _};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+/// How often a pass runs at least that is told when there is something to do.
+pub const QUIET: Duration = Duration::from_secs(30);
+
 /// The wait before a pass is started again that a defect has ended.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 
@@ -31,7 +34,10 @@ pub enum Next {
 /// The period of a pass, spread so that passes which began together do not stay together.
 #[derive(Debug)]
 pub struct Pace {
-    period: Duration,
+    /// Between two runs of which nobody signals the second.
+    quiet: Duration,
+    /// After an error.
+    retry: Duration,
     chance: StdRng,
 }
 
@@ -41,17 +47,24 @@ impl Pace {
 
     /// Runs every `period`, ±10 %; the seed repeats the jitter.
     pub fn new(period: Duration, seed: u64) -> Self {
+        Self::when_told(period, period, seed)
+    }
+
+    /// Runs when it is signalled, every `quiet` if it is not, and `retry` after an error; ±10 %,
+    /// too.
+    pub fn when_told(quiet: Duration, retry: Duration, seed: u64) -> Self {
         Self {
-            period,
+            quiet,
+            retry,
             chance: StdRng::seed_from_u64(seed),
         }
     }
 
-    fn draw(&mut self) -> Duration {
+    fn draw(&mut self, wait: Duration) -> Duration {
         let factor = self
             .chance
             .random_range(1.0 - Self::JITTER..=1.0 + Self::JITTER);
-        self.period.mul_f64(factor)
+        wait.mul_f64(factor)
     }
 }
 
@@ -127,12 +140,12 @@ pub async fn run<Fut, E>(
                 tokio::select! {
                     () = stop.cancelled() => return,
                     () = signal.notified() => {}
-                    () = tokio::time::sleep(pace.draw()) => {}
+                    () = tokio::time::sleep(pace.draw(pace.quiet)) => {}
                 }
             }
             // Signals do not shorten the wait after an error either: what is broken would be
             // asked as often as work arrives.
-            Next::Signal => pause(pace.draw(), stop).await,
+            Next::Signal => pause(pace.draw(pace.retry), stop).await,
             Next::NotBefore(wait) => pause(wait, stop).await,
         }
     }
@@ -250,9 +263,9 @@ mod tests {
         let mut one = Pace::new(Duration::from_secs(10), 7);
         let mut two = Pace::new(Duration::from_secs(10), 7);
         for _ in 0..100 {
-            let drawn = one.draw();
+            let drawn = one.draw(one.quiet);
             assert!(drawn >= Duration::from_secs(9) && drawn <= Duration::from_secs(11));
-            assert_eq!(drawn, two.draw());
+            assert_eq!(drawn, two.draw(two.quiet));
         }
     }
 }

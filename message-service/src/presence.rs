@@ -17,6 +17,8 @@ use crate::broker::Broker;
 use crate::checker::Checker;
 use crate::message::Timestamp;
 use crate::pass::{self, Next, Pace};
+use crate::recovery::Recovery;
+use crate::refresh::Refresh;
 use crate::store::{self, Store};
 use crate::topology::Snapshot;
 
@@ -45,6 +47,8 @@ pub struct Presence {
     checker: Arc<Checker>,
     answered: Arc<Answered>,
     topology: Arc<Snapshot>,
+    refresh: Arc<Refresh>,
+    recovery: Arc<Recovery>,
     identity: Identity,
     /// By subscription, what the others know: how many arrivals of answers, and the mark.
     told: Mutex<Told>,
@@ -52,12 +56,18 @@ pub struct Presence {
 
 impl Presence {
     /// Nothing is said yet.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is told something that was heard"
+    )]
     pub fn new(
         store: Arc<dyn Store>,
         broker: Arc<dyn Broker>,
         checker: Arc<Checker>,
         answered: Arc<Answered>,
         topology: Arc<Snapshot>,
+        refresh: Arc<Refresh>,
+        recovery: Arc<Recovery>,
         identity: Identity,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -66,6 +76,8 @@ impl Presence {
             checker,
             answered,
             topology,
+            refresh,
+            recovery,
             identity,
             told: Mutex::default(),
         })
@@ -100,7 +112,8 @@ impl Presence {
                 checks: self.checker.holds(),
                 answered,
             })
-            .await?;
+            .await
+            .inspect_err(|_| self.recovery.distrust_silence())?;
         *self.told() = all
             .into_iter()
             .map(|(name, arrivals, through)| (name, (arrivals, through)))
@@ -114,6 +127,7 @@ impl Presence {
             }
         }
         self.broker.heard(&heard);
+        self.refresh.heard(heard.topology_version);
         Ok(())
     }
 

@@ -39,7 +39,7 @@ pub struct Settings {
     pub passed_by: Duration,
     /// A delivery that is overdue and not lost is looked at again after this long.
     pub resend_after: Duration,
-    /// How often the pass runs.
+    /// How often the pass runs while something is overdue.
     pub period: Duration,
     /// What the jitter of the period comes from.
     pub seed: u64,
@@ -81,6 +81,8 @@ pub struct Recovery {
     clock: Arc<dyn Clock>,
     settings: Settings,
     state: Mutex<State>,
+    /// Something may be overdue.
+    signal: Notify,
 }
 
 struct State {
@@ -112,25 +114,31 @@ impl Recovery {
             clock,
             settings,
             state,
+            signal: Notify::new(),
         })
     }
 
-    /// How often the pass runs, by whatever process.
+    /// How often the pass runs at most, by whatever process.
     pub fn period(&self) -> Duration {
         self.settings.period
     }
 
-    /// Looks until stopped, when it is this process's turn.
+    /// Looks until stopped, when something may be overdue and it is this process's turn.
     pub async fn run(self: Arc<Self>, turn: Turn, stop: CancellationToken) {
-        let pace = Pace::new(self.settings.period, self.settings.seed);
-        pass::run("recovery", pace, &Notify::new(), &stop, || {
+        let Settings { period, seed, .. } = self.settings;
+        let pace = Pace::when_told(period.max(pass::QUIET), period, seed);
+        pass::run("recovery", pace, &self.signal, &stop, || {
             self.take_turn(&turn)
         })
         .await;
     }
 
+    /// Something may be overdue, or too old.
+    pub fn due(&self) {
+        self.signal.notify_one();
+    }
+
     async fn take_turn(&self, turn: &Turn) -> Result<Next, store::Error> {
-        // Asked by all, so that no outage of the store goes unnoticed by one of them.
         let taken = turn.take().await.inspect_err(|_| self.distrust_silence());
         if let Some(wait) = taken? {
             return Ok(Next::NotBefore(wait));
@@ -228,8 +236,9 @@ impl Recovery {
         turn.keep().await.inspect_err(|_| self.distrust_silence())
     }
 
-    /// Grace begins again: the store was away, and with it the answers.
-    fn distrust_silence(&self) {
+    /// Grace begins again: the store was away, and with it the answers. Whoever asks the store
+    /// once a second says so, so that no outage goes unnoticed.
+    pub fn distrust_silence(&self) {
         self.lock().trouble_at = self.clock.monotonic();
     }
 

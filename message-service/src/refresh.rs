@@ -13,40 +13,43 @@ use crate::pass::{self, Next, Pace};
 use crate::store::{self, Store};
 use crate::topology::Snapshot;
 
-/// How often the topology is read by default.
-pub const PERIOD: Duration = Duration::from_secs(1);
+/// The wait after the store could not be read.
+const RETRY: Duration = Duration::from_secs(1);
 
-/// Keeps a [`Snapshot`] current.
+/// Keeps a [`Snapshot`] current: whoever hears which version is in force says so once a second.
 pub struct Refresh {
     store: Arc<dyn Store>,
     topology: Arc<Snapshot>,
-    period: Duration,
     seed: u64,
+    /// Another one may be in force.
+    signal: Notify,
 }
 
 impl Refresh {
-    /// Reads from the store into the snapshot every `period`.
-    pub fn new(
-        store: Arc<dyn Store>,
-        topology: Arc<Snapshot>,
-        period: Duration,
-        seed: u64,
-    ) -> Arc<Self> {
+    /// Reads from the store into the snapshot.
+    pub fn new(store: Arc<dyn Store>, topology: Arc<Snapshot>, seed: u64) -> Arc<Self> {
         Arc::new(Self {
             store,
             topology,
-            period,
             seed,
+            signal: Notify::new(),
         })
     }
 
     /// Reads until stopped.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
-        let pace = Pace::new(self.period, self.seed);
-        pass::run("topology", pace, &Notify::new(), &stop, || async {
+        let pace = Pace::when_told(pass::QUIET, RETRY, self.seed);
+        pass::run("topology", pace, &self.signal, &stop, || async {
             self.run_once().await.map(|_| Next::Signal)
         })
         .await;
+    }
+
+    /// The version that is in force. If it is not the one that was read, that one is read now.
+    pub fn heard(&self, version: u64) {
+        if version != self.topology.get().version {
+            self.signal.notify_one();
+        }
     }
 
     /// Reads once. True if the topology was another one.

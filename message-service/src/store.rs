@@ -331,6 +331,46 @@ pub enum Lane {
 /// what happens now.
 pub const FRESH_FOR: Duration = Duration::from_secs(60);
 
+/// What is due at one moment, and for whom.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Due {
+    /// Subscriptions with deliveries to send.
+    pub to_send: BTreeSet<String>,
+    /// Subscriptions with deliveries that have to be sent alone.
+    pub alone: BTreeSet<String>,
+    /// Subscriptions with deliveries that were sent and whose answer is overdue.
+    pub overdue: BTreeSet<String>,
+    /// Producers with messages to be checked.
+    pub checks: BTreeSet<String>,
+    /// How long until something else is due, if that is less than [`LOOK_AHEAD`].
+    pub next_in: Option<Duration>,
+}
+
+impl Due {
+    /// Takes note that the oldest of something of `name` is due at that time.
+    fn note(
+        &mut self,
+        now: Timestamp,
+        oldest: Option<Timestamp>,
+        name: &str,
+        of: impl Fn(&mut Self) -> &mut BTreeSet<String>,
+    ) {
+        match oldest {
+            Some(due_at) if due_at <= now => {
+                of(self).insert(name.to_owned());
+            }
+            Some(due_at) if due_at < now.after(LOOK_AHEAD) => {
+                let wait = due_at.since(now);
+                self.next_in = Some(self.next_in.map_or(wait, |next| next.min(wait)));
+            }
+            Some(_) | None => {}
+        }
+    }
+}
+
+/// How far a look sees.
+pub const LOOK_AHEAD: Duration = Duration::from_secs(1);
+
 /// A send that happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sent {
@@ -466,6 +506,8 @@ pub struct Presence {
 pub struct Heard {
     /// Processes that said within [`ALIVE_FOR`] that they are there.
     pub alive: u32,
+    /// The version of the topology in force.
+    pub topology_version: u64,
     /// By subscription: the latest send that was answered, and how long ago answers last came.
     pub answered: Vec<(String, Option<Timestamp>, Duration)>,
 }
@@ -558,6 +600,14 @@ pub trait Store: Send + Sync + 'static {
 
     /// How many messages of this producer are PREPARED, counted up to `most`.
     async fn undecided(&self, producer: &str, most: u64) -> Result<u64, Error>;
+
+    /// What is due of these subscriptions and producers. So cheap that it can be asked once a
+    /// second by every process.
+    async fn due(
+        &self,
+        subscriptions: BTreeSet<String>,
+        producers: BTreeSet<String>,
+    ) -> Result<Due, Error>;
 
     /// Leases messages of this producer whose check is due, oldest first. The lease saves
     /// work; it is not needed for correctness, because a decision is final whoever brings it.

@@ -173,6 +173,8 @@ impl Broker for Signals {
         self.due.lock().unwrap().push(topics.clone());
     }
 
+    fn look_at(&self, _: &Due) {}
+
     fn permit(&self, _: usize) -> Permit {
         Permit::none()
     }
@@ -299,6 +301,7 @@ passed_on! {
         ids: Vec<MessageId>
     ) -> Vec<Option<(MessageView, Vec<DeliveryView>)>>;
     fn undecided(producer: &str, most: u64) -> u64;
+    fn due(subscriptions: BTreeSet<String>, producers: BTreeSet<String>) -> Due;
     fn claim_checks(producer: &str, limit: usize, lease: Duration) -> Vec<CheckClaim>;
     fn settle_checks(
         producer: &str,

@@ -29,7 +29,7 @@ pub use session::{Grants, Sending, Sendings, Session};
 use crate::broker::{AnswerState, Broker, BrokerState, Permit, QueueState};
 use crate::clock::Clock;
 use crate::message::MessageId;
-use crate::store::{Handed, Heard, Overdue, Store};
+use crate::store::{Due, Handed, Heard, Overdue, Store};
 use crate::topology::Snapshot;
 use held::State;
 
@@ -212,6 +212,9 @@ impl Broker for Embedded {
             }
         }
     }
+
+    /// Each stream looks by itself.
+    fn look_at(&self, _: &Due) {}
 
     /// Streams claim what they have credit for, and that is known only at their turn.
     fn permit(&self, _: usize) -> Permit {

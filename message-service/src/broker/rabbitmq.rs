@@ -48,7 +48,7 @@ use super::{AnswerSink, AnswerState, Broker, BrokerState, Permit, QueueState};
 use crate::clock::Clock;
 use crate::message::{MessageId, Timestamp};
 use crate::pass::{self, Trouble};
-use crate::store::{Handed, Heard, Overdue, Store};
+use crate::store::{Due, Handed, Heard, Overdue, Store};
 use crate::topology::Snapshot;
 use declare::Declared;
 use link::{Link, LinkState, Opened};
@@ -403,6 +403,12 @@ impl Broker for RabbitMq {
         self.queues.signal(topics);
         for signal in &self.signals {
             signal.notify_one();
+        }
+    }
+
+    fn look_at(&self, due: &Due) {
+        if self.queues.look_at(due) {
+            self.wake();
         }
     }
 

@@ -15,11 +15,12 @@ use crate::broker::AnswerSink;
 use crate::checker::{self, Checker};
 use crate::clock::Clock;
 use crate::config::Server;
+use crate::look::Look;
 use crate::pass;
 use crate::presence::{Identity, Presence};
 use crate::producer::grpc::{self, GrpcStatus};
 use crate::recovery::{self, Recovery};
-use crate::refresh::{self, Refresh};
+use crate::refresh::Refresh;
 use crate::retention::{self, Retention};
 use crate::service::{self, Service};
 use crate::store::{Shared, Store};
@@ -38,6 +39,7 @@ pub(super) struct Parts {
     recovery: Arc<Recovery>,
     retention: Arc<Retention>,
     refresh: Arc<Refresh>,
+    look: Arc<Look>,
     pub(super) presence: Arc<Presence>,
     /// Who this process is.
     replica: Uuid,
@@ -96,18 +98,10 @@ impl Parts {
                 ..checker::Settings::default()
             },
         );
-        let presence = Presence::new(
-            Arc::clone(&store),
-            Arc::clone(&broker),
-            Arc::clone(&checker),
-            Arc::clone(&answered),
-            Arc::clone(&topology),
-            identity,
-        );
         let recovery = Recovery::new(
             Arc::clone(&store),
-            broker,
-            answered,
+            Arc::clone(&broker),
+            Arc::clone(&answered),
             Arc::clone(&topology),
             Arc::clone(&clock),
             recovery::Settings {
@@ -130,7 +124,25 @@ impl Parts {
                 seed,
             },
         );
-        let refresh = Refresh::new(Arc::clone(&store), topology, refresh::PERIOD, seed);
+        let refresh = Refresh::new(Arc::clone(&store), Arc::clone(&topology), seed);
+        let look = Look::new(
+            Arc::clone(&store),
+            Arc::clone(&broker),
+            Arc::clone(&checker),
+            Arc::clone(&recovery),
+            Arc::clone(&topology),
+            seed,
+        );
+        let presence = Presence::new(
+            Arc::clone(&store),
+            broker,
+            Arc::clone(&checker),
+            answered,
+            topology,
+            Arc::clone(&refresh),
+            Arc::clone(&recovery),
+            identity,
+        );
         Self {
             store,
             carrier,
@@ -139,6 +151,7 @@ impl Parts {
             recovery,
             retention,
             refresh,
+            look,
             presence,
             replica,
             stop: CancellationToken::new(),
@@ -162,6 +175,8 @@ impl Parts {
         let presence = Arc::clone(&self.presence);
         self.keep("presence", move |stop| Arc::clone(&presence).run(stop));
         self.keep("refresh", move |stop| Arc::clone(&refresh).run(stop));
+        let look = Arc::clone(&self.look);
+        self.keep("look", move |stop| Arc::clone(&look).run(stop));
         self.passes.close();
         let sink: Arc<dyn AnswerSink> = Arc::clone(&self.service) as _;
         self.carrier.start(sink);

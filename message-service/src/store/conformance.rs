@@ -78,6 +78,8 @@ claims! {
     messages::publishing_what_was_prepared_confirms_it
     deliveries::a_body_comes_back_as_it_was_handed_over
     deliveries::a_delivery_waits_for_its_time
+    deliveries::a_look_sees_what_is_due_and_for_whom
+    deliveries::a_look_says_when_the_next_is_due_if_that_is_soon
     deliveries::a_claim_takes_the_oldest_due_first_and_raises_the_generation
     deliveries::a_claim_respects_bytes_but_takes_at_least_one
     deliveries::a_lease_that_ran_out_is_claimed_again_and_its_holder_changes_nothing
@@ -113,6 +115,7 @@ claims! {
     topologies::a_producer_with_prepared_messages_is_not_removed
     topologies::a_producer_with_prepared_messages_keeps_its_status_endpoint
     replicas::a_replica_is_listed_with_what_it_said_until_it_leaves
+    replicas::who_says_that_it_is_there_hears_which_topology_is_in_force
     whole::what_was_finished_long_ago_is_removed_and_the_rest_is_carried_on
     whole::a_shorter_span_of_buckets_matters_at_once
     whole::a_row_in_an_unknown_state_is_left_alone_and_counted

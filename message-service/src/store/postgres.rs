@@ -12,6 +12,8 @@ mod decisions;
 mod deliveries;
 mod handoff;
 mod lanes;
+mod look;
+mod marks;
 mod messages;
 mod open;
 mod outcomes;
@@ -37,10 +39,11 @@ use uuid::Uuid;
 
 use answers::{Acknowledge, Back, Recover, Recovery, TakeBack};
 use bodies::Bodies;
-use checks::{ClaimChecks, Due, DueReply, SettleChecks};
+use checks::{ClaimChecks, Due as DueChecks, DueReply, SettleChecks};
 use decisions::Decide;
 use deliveries::{Claim, Leased, MarkSent};
 use lanes::Lane as WriteLane;
+use marks::Marks;
 use messages::{Prepare, Publish};
 pub use open::{Address, OpenError, migrate};
 use readers::Readers;
@@ -53,9 +56,9 @@ use turns::Turns;
 
 use super::{
     AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryClaim,
-    DeliveryCursor, DeliveryView, Error, Handed, Handoff, Heard, Lane, MessageFilter, MessageView,
-    Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown, Store,
-    TakeTurn, Unsent, Written,
+    DeliveryCursor, DeliveryView, Due, Error, Handed, Handoff, Heard, Lane, MessageFilter,
+    MessageView, Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown,
+    Store, TakeTurn, Unsent, Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -70,6 +73,7 @@ pub struct PostgresStore {
     bodies: Readers,
     /// For people: what they look at may be large, and nobody else is to wait for it.
     people: Readers,
+    marks: Arc<Marks>,
     clock: Arc<StoreClock>,
     identity: Uuid,
     options: Arc<PgConnectOptions>,
@@ -183,13 +187,28 @@ impl Store for PostgresStore {
             .await
     }
 
+    async fn due(
+        &self,
+        subscriptions: BTreeSet<String>,
+        producers: BTreeSet<String>,
+    ) -> Result<Due, Error> {
+        let of = Arc::new((subscriptions, producers));
+        let marks = Arc::clone(&self.marks);
+        self.readers
+            .read("look for what is due", move |db| {
+                let (of, marks) = (Arc::clone(&of), Arc::clone(&marks));
+                Box::pin(async move { look::look(db, &marks, &of.0, &of.1).await })
+            })
+            .await
+    }
+
     async fn claim_checks(
         &self,
         producer: &str,
         limit: usize,
         lease: Duration,
     ) -> Result<Vec<CheckClaim>, Error> {
-        let due = Due::Claim(producer.to_owned(), limit, lease);
+        let due = DueChecks::Claim(producer.to_owned(), limit, lease);
         match self.lanes.claim_checks.call(due).await? {
             DueReply::Claims(claims) => Ok(claims),
             DueReply::IsPrepared(_) => Ok(Vec::new()),
@@ -206,7 +225,7 @@ impl Store for PostgresStore {
     }
 
     async fn check_now(&self, id: MessageId) -> Result<bool, Error> {
-        match self.lanes.claim_checks.call(Due::Now(id)).await? {
+        match self.lanes.claim_checks.call(DueChecks::Now(id)).await? {
             DueReply::IsPrepared(is_prepared) => Ok(is_prepared),
             DueReply::Claims(_) => Ok(false),
         }

@@ -8,6 +8,7 @@ mod bodies;
 mod checks;
 mod console;
 mod deliveries;
+mod look;
 mod messages;
 mod open;
 mod readers;
@@ -32,9 +33,9 @@ use writer::{Kind, Writer};
 
 use super::{
     AnswerOutcome, Applied, CheckClaim, CheckResult, Claimed, Counts, Decision, DeliveryClaim,
-    DeliveryCursor, DeliveryView, Error, Handed, Handoff, Heard, Lane, MessageFilter, MessageView,
-    Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown, Store,
-    TakeTurn, Unsent, Written,
+    DeliveryCursor, DeliveryView, Due, Error, Handed, Handoff, Heard, Lane, MessageFilter,
+    MessageView, Overdue, OverdueDecision, Presence, ReplicaView, Retired, Returned, Sent, Shown,
+    Store, TakeTurn, Unsent, Written,
 };
 use crate::message::{Answer, DeliveryState, MessageId, NewMessage, Timestamp};
 use crate::topology::Topology;
@@ -152,6 +153,19 @@ impl Store for SqliteStore {
         self.readers
             .read("count undecided messages", move |db| {
                 Box::pin(console::undecided(db, producer, most))
+            })
+            .await
+    }
+
+    async fn due(
+        &self,
+        subscriptions: BTreeSet<String>,
+        producers: BTreeSet<String>,
+    ) -> Result<Due, Error> {
+        let now = self.now();
+        self.readers
+            .read("look for what is due", move |db| {
+                Box::pin(look::look(db, subscriptions, producers, now))
             })
             .await
     }
@@ -357,6 +371,12 @@ impl Store for SqliteStore {
     }
 
     async fn announce(&self, presence: Presence) -> Result<Heard, Error> {
+        let topology_version = self
+            .readers
+            .read("read the version of the topology", |db| {
+                Box::pin(topology::version(db))
+            })
+            .await?;
         let now = self.now();
         let mut replica = self.replica.lock().unwrap_or_else(PoisonError::into_inner);
         let started_at = replica.as_ref().map_or(now, |replica| replica.started_at);
@@ -371,6 +391,7 @@ impl Store for SqliteStore {
         });
         Ok(Heard {
             alive: 1,
+            topology_version,
             answered: Vec::new(),
         })
     }

@@ -24,8 +24,11 @@ use crate::store::{Error, Lane};
 /// more by 200, so at least 201 are free at any time: a batch below that can wait for a queue
 /// that does not answer without stopping its connection, and with it everybody else.
 pub(super) const BATCH: usize = 200;
-/// A lane looks for work this often if nothing is signalled.
-const POLL: Duration = Duration::from_secs(1);
+/// A lane looks for work this often if nothing is signalled: looks that tell it see no lease that
+/// a clock which was set back has left far away.
+const POLL: Duration = Duration::from_secs(30);
+/// What is due within this time is waited for; what is due later, a look will find.
+const SOON: Duration = Duration::from_secs(1);
 /// The wait after the store refused a claim, or RabbitMQ a channel.
 const RETRY: Duration = Duration::from_millis(200);
 /// The shortest wait for what is due soon.
@@ -115,7 +118,8 @@ impl Running {
     /// Waits until a flight has landed or there may be work that may start. False when the
     /// broker drains.
     async fn wait(&mut self, next_due_in: Option<Duration>) -> bool {
-        let wait = next_due_in.map_or(POLL, |due| due.clamp(SHORTEST, POLL));
+        let soon = next_due_in.filter(|due| *due <= SOON);
+        let wait = soon.map_or(POLL, |due| due.max(SHORTEST));
         let may_start = self.air.has_room();
         tokio::select! {
             () = self.rabbit.draining.cancelled() => return false,

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::store::Heard;
+use crate::store::{Due, Heard};
 use crate::topology::Topology;
 
 /// How many messages may wait in a queue, if its subscription does not say.
@@ -191,6 +191,22 @@ impl Queues {
                 queue.due = [true; 2];
             }
         }
+    }
+
+    /// This is due. True if it is something.
+    pub(super) fn look_at(&self, due: &Due) -> bool {
+        let mut state = self.lock();
+        for name in &due.to_send {
+            if let Some(queue) = state.queues.get_mut(name) {
+                queue.due = [true; 2];
+            }
+        }
+        for name in &due.alone {
+            if let Some(queue) = state.queues.get_mut(name) {
+                queue.alone = true;
+            }
+        }
+        !due.to_send.is_empty() || !due.alone.is_empty()
     }
 
     /// Everything is looked at again: signals are only latency.
@@ -584,6 +600,7 @@ mod tests {
             queues.seen("a", Seen { waiting, consumers }, now);
         };
         let heard = |alive, ago| Heard {
+            topology_version: 1,
             alive,
             answered: vec![("a".to_owned(), None, ago)],
         };

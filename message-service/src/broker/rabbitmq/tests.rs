@@ -10,6 +10,7 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
 use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
 use crate::message::{Answer, AnswerKind, ContentHash, DeliveryState, NewMessage};
@@ -48,6 +49,7 @@ struct Scene {
     heard: mpsc::UnboundedReceiver<(String, Answer)>,
     /// For what the test does itself.
     connection: Connection,
+    looks: Option<AbortOnDropHandle<()>>,
 }
 
 fn settings() -> Settings {
@@ -85,6 +87,7 @@ async fn at_rest(settings: Settings) -> Scene {
         rabbit,
         heard,
         connection: connection().await,
+        looks: None,
     }
 }
 
@@ -93,6 +96,18 @@ impl Scene {
         let (sender, heard) = mpsc::unbounded_channel();
         self.heard = heard;
         self.rabbit.start(Arc::new(Heard(sender)));
+        let (store, rabbit) = (self.world.store.clone(), self.rabbit.clone());
+        // As the service looks, and more often.
+        let looks = tokio::spawn(async move {
+            let names = ["accounting", "points"].map(str::to_owned);
+            loop {
+                if let Ok(due) = store.due(names.clone().into(), BTreeSet::new()).await {
+                    rabbit.look_at(&due);
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        });
+        self.looks = Some(AbortOnDropHandle::new(looks));
         self
     }
 

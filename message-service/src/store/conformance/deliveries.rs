@@ -60,6 +60,70 @@ pub(crate) async fn a_delivery_waits_for_its_time(harness: &impl Harness) {
     assert!(ids.contains(&id(1)));
 }
 
+async fn look(store: &dyn Store) -> Due {
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    let subscriptions = names(&["accounting", "points", "nobody"]);
+    let producers = names(&["payment", "nobody"]);
+    store.due(subscriptions, producers).await.unwrap()
+}
+
+fn only(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+pub(crate) async fn a_look_sees_what_is_due_and_for_whom(harness: &impl Harness) {
+    let store = ready(harness).await;
+    assert_eq!(look(&*store).await, Due::default());
+    prepare(&*store, vec![message(1)]).await;
+    assert_eq!(look(&*store).await.checks, only(&[]));
+    harness.pass(CHECK_AFTER + SECOND).await;
+    let due = look(&*store).await;
+    assert_eq!((due.checks, due.to_send), (only(&["payment"]), only(&[])));
+    decide(&*store, 1, MessageEvent::Confirm).await.unwrap();
+    let due = look(&*store).await;
+    assert_eq!((due.checks, due.alone), (only(&[]), only(&[])));
+    assert_eq!(due.to_send, only(&["accounting", "points"]));
+    // What is leased is due again when its lease has ended.
+    assert_eq!(claim(&*store, "points", 1).await.len(), 1);
+    assert_eq!(look(&*store).await.to_send, only(&["accounting"]));
+    harness.pass(LEASE + SECOND).await;
+    assert_eq!(look(&*store).await.to_send, only(&["accounting", "points"]));
+    // What was sent is looked at when its answer is overdue.
+    let generation = send(&*store, 1).await;
+    let due = look(&*store).await;
+    assert_eq!((due.to_send, due.overdue), (only(&["points"]), only(&[])));
+    harness.pass(RESEND_AFTER + SECOND).await;
+    assert_eq!(look(&*store).await.overdue, only(&["accounting"]));
+    let id = id(1);
+    let returned = vec![Returned { id, generation }];
+    let returned = store.return_deliveries("accounting", returned, true).await;
+    assert_eq!(returned.unwrap(), 1);
+    let due = look(&*store).await;
+    assert_eq!((due.overdue, due.alone), (only(&[]), only(&["accounting"])));
+    assert_eq!(due.to_send, only(&["points"]));
+}
+
+pub(crate) async fn a_look_says_when_the_next_is_due_if_that_is_soon(harness: &impl Harness) {
+    let store = ready(harness).await;
+    let delayed = |n, wait| NewMessage {
+        deliver_after: Some(store.now().after(wait)),
+        ..message(n)
+    };
+    let publish = async |message| store.publish(vec![message], Handoff::none()).await.unwrap();
+    publish(delayed(1, 100 * SECOND)).await;
+    assert_eq!(look(&*store).await, Due::default());
+    publish(delayed(2, LOOK_AHEAD / 2)).await;
+    let due = look(&*store).await;
+    // Unless it is due by now.
+    assert!(
+        due.next_in.is_some_and(|wait| wait <= LOOK_AHEAD / 2) || !due.to_send.is_empty(),
+        "{due:?}"
+    );
+    harness.pass(LOOK_AHEAD).await;
+    let due = look(&*store).await;
+    assert_eq!(due.to_send, only(&["accounting", "points"]));
+}
+
 pub(crate) async fn a_claim_takes_the_oldest_due_first_and_raises_the_generation(
     harness: &impl Harness,
 ) {

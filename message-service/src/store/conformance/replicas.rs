@@ -42,3 +42,16 @@ pub(crate) async fn a_replica_is_listed_with_what_it_said_until_it_leaves(harnes
     store.leave(Uuid::from_u128(1)).await.unwrap();
     assert_eq!(store.replicas().await.unwrap(), []);
 }
+
+pub(crate) async fn who_says_that_it_is_there_hears_which_topology_is_in_force(
+    harness: &impl Harness,
+) {
+    let store = ready(harness).await;
+    let heard = store.announce(presence(1)).await.unwrap();
+    assert_eq!(heard.topology_version, topology().version);
+    let mut newer = topology();
+    newer.version += 1;
+    store.apply_topology(newer.clone()).await.unwrap();
+    let heard = store.announce(presence(1)).await.unwrap();
+    assert_eq!(heard.topology_version, newer.version);
+}

@@ -1,15 +1,16 @@
 //! Deliveries on their way out: claims, SENT, renewed leases, and what is overdue.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::Rng as _;
 use rand::rngs::StdRng;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::bodies;
 use super::lanes::{Replies, Work};
+use super::marks::{ALWAYS, Marks};
 use super::rows::{at, count, get, id, long, maybe_at, uuid};
 use super::session::Session;
 use super::time::{At, span};
@@ -17,68 +18,15 @@ use crate::message::Timestamp;
 use crate::store::kind::Kind;
 use crate::store::{Claimed, DeliveryClaim, FRESH_FOR, Lane as Claims, Overdue, Sent};
 
-/// How often a claim looks at everything that is due. In between it begins where the last one
-/// found nothing older, so that it does not walk over what was done long ago and cannot be
-/// vacuumed yet.
-const FULL_PASS_EVERY: Duration = Duration::from_secs(30);
-/// A statement may become visible this long after the time that it wrote.
-const STATEMENT_SLACK: Duration = Duration::from_secs(5);
-/// The beginning of time.
-const ALWAYS: Timestamp = Timestamp::from_micros(i64::MIN);
-
 /// The lane of claims.
 pub(super) struct Claim {
     rng: StdRng,
-    marks: HashMap<String, Mark>,
-}
-
-/// Below which time nothing of a subscription was due when last looked. A speed-up only.
-#[derive(Clone, Copy)]
-struct Mark {
-    floor: Timestamp,
-    seen: Timestamp,
-    full_pass: Instant,
+    marks: Arc<Marks>,
 }
 
 impl Claim {
-    pub(super) fn new(rng: StdRng) -> Self {
-        Self {
-            rng,
-            marks: HashMap::new(),
-        }
-    }
-
-    /// From where on this claim looks. True if it looks at everything.
-    fn floor(&self, subscription: &str) -> (Timestamp, bool) {
-        match self.marks.get(subscription) {
-            Some(mark) if mark.full_pass.elapsed() < FULL_PASS_EVERY => (mark.floor, false),
-            _ => (ALWAYS, true),
-        }
-    }
-
-    fn mark(&mut self, subscription: &str, next: &NextDue, full: bool) {
-        let known = self.marks.get(subscription);
-        // A clock that went back makes new rows due before the mark.
-        let went_back = known.is_some_and(|mark| next.now < mark.seen);
-        let full_pass = match known {
-            Some(mark) if !full && !went_back => mark.full_pass,
-            _ => Instant::now(),
-        };
-        let floor = if went_back {
-            ALWAYS
-        } else {
-            let oldest = [next.free, next.leased].into_iter().flatten().min();
-            oldest
-                .unwrap_or(next.now)
-                .min(next.now)
-                .before(STATEMENT_SLACK)
-        };
-        let mark = Mark {
-            floor,
-            seen: next.now,
-            full_pass,
-        };
-        self.marks.insert(subscription.to_owned(), mark);
+    pub(super) fn new(rng: StdRng, marks: Arc<Marks>) -> Self {
+        Self { rng, marks }
     }
 }
 
@@ -121,7 +69,7 @@ impl Claim {
         lane: Claims,
         lease: Duration,
     ) -> Result<Claimed, sqlx::Error> {
-        let (floor, full) = self.floor(subscription);
+        let (floor, full) = self.marks.floor(subscription);
         let (which, limit, max_bytes, floor) = match lane {
             Claims::Normal { limit, max_bytes } => (Which::Normal, limit, max_bytes, floor),
             Claims::Fresh { limit, max_bytes } => (Which::Fresh, limit, max_bytes, floor),
@@ -169,7 +117,8 @@ impl Claim {
         }
         let next = next_due(db, subscription, floor).await?;
         if which == Which::Normal {
-            self.mark(subscription, &next, full);
+            let oldest = [next.free, next.leased].into_iter().flatten().min();
+            self.marks.mark(subscription, next.now, oldest, full);
         }
         let nearest = match which {
             Which::Normal | Which::Fresh => [next.free, next.leased],
@@ -447,56 +396,4 @@ pub(super) async fn overdue(
             })
         })
         .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use rand::SeedableRng as _;
-
-    use super::*;
-
-    const NOW: Timestamp = Timestamp::from_micros(1_000_000_000);
-
-    fn next(now: Timestamp, free: Option<Timestamp>) -> NextDue {
-        NextDue {
-            now,
-            free,
-            leased: None,
-            alone: None,
-        }
-    }
-
-    fn claim() -> Claim {
-        Claim::new(StdRng::seed_from_u64(1))
-    }
-
-    #[test]
-    fn a_claim_begins_where_the_last_found_nothing_older_until_the_next_full_pass() {
-        let mut claim = claim();
-        assert_eq!(claim.floor("a"), (ALWAYS, true));
-        let oldest = NOW.before(Duration::from_secs(100));
-        claim.mark("a", &next(NOW, Some(oldest)), true);
-        assert_eq!(claim.floor("a"), (oldest.before(STATEMENT_SLACK), false));
-        // What is due only later does not hide what is made due now.
-        let later = NOW.after(Duration::from_secs(100));
-        claim.mark("a", &next(NOW, Some(later)), false);
-        assert_eq!(claim.floor("a"), (NOW.before(STATEMENT_SLACK), false));
-        assert_eq!(claim.floor("b"), (ALWAYS, true), "per subscription");
-        for mark in claim.marks.values_mut() {
-            mark.full_pass -= FULL_PASS_EVERY;
-        }
-        assert_eq!(claim.floor("a"), (ALWAYS, true));
-    }
-
-    #[test]
-    fn after_a_clock_went_back_everything_is_looked_at() {
-        let mut claim = claim();
-        claim.mark("a", &next(NOW, None), true);
-        claim.mark(
-            "a",
-            &next(NOW.before(Duration::from_secs(3_600)), None),
-            false,
-        );
-        assert_eq!(claim.floor("a").0, ALWAYS);
-    }
 }

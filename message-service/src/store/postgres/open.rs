@@ -19,6 +19,7 @@ use super::checks::{ClaimChecks, SettleChecks};
 use super::decisions::Decide;
 use super::deliveries::{Claim, MarkSent};
 use super::lanes::Lane;
+use super::marks::Marks;
 use super::messages::{Prepare, Publish};
 use super::readers::Readers;
 use super::replicas::Announce;
@@ -214,6 +215,7 @@ impl PostgresStore {
         let repeats = Arc::new(Repeats::default());
         let session = |used| Session::new(Arc::clone(&options), used, Arc::clone(&repeats));
         let written = Arc::new(Bodies::default());
+        let marks = Arc::new(Marks::default());
         let clock = Arc::new(StoreClock::new(clock));
         let mut seeds = StdRng::seed_from_u64(seed);
         let mut rng = || StdRng::from_rng(&mut seeds);
@@ -225,7 +227,7 @@ impl PostgresStore {
             decide: Lane::start(Decide(rng()), session(write)),
             claim_checks: Lane::start(ClaimChecks(rng()), session(write)),
             settle_checks: Lane::start(SettleChecks(rng()), session(write)),
-            claim: Lane::start(Claim::new(rng()), session(write)),
+            claim: Lane::start(Claim::new(rng(), Arc::clone(&marks)), session(write)),
             sent: Lane::start(MarkSent, session(write)),
             acknowledge: Lane::start(Acknowledge(rng()), session(write)),
             take_back: Lane::start(TakeBack(rng()), session(write)),
@@ -245,6 +247,7 @@ impl PostgresStore {
             readers,
             bodies,
             people,
+            marks,
             clock,
             identity,
             options,

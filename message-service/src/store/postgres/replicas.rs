@@ -107,10 +107,11 @@ async fn heard(db: &mut Session) -> Result<Heard, sqlx::Error> {
             "-- what all have heard
              WITH t AS MATERIALIZED (SELECT clock_timestamp() AS now)
              SELECT NULL::text AS subscription, NULL::timestamptz AS through, now AS answered_at,
-                    now, (SELECT count(*) FROM replica WHERE seen_at > now - $1) AS alive
+                    now, (SELECT count(*) FROM replica WHERE seen_at > now - $1) AS alive,
+                    (SELECT topology_version FROM store) AS topology_version
                FROM t
              UNION ALL
-             SELECT subscription, through, answered_at, now, 0 FROM answered, t",
+             SELECT subscription, through, answered_at, now, 0, 0 FROM answered, t",
             |query| query.bind(span(ALIVE_FOR)),
         )
         .await?;
@@ -118,6 +119,7 @@ async fn heard(db: &mut Session) -> Result<Heard, sqlx::Error> {
     for row in &rows {
         let Some(subscription) = get::<Option<String>>(row, "subscription")? else {
             heard.alive = u32::try_from(many(row, "alive")?).unwrap_or(u32::MAX);
+            heard.topology_version = many(row, "topology_version")?;
             continue;
         };
         let ago = at(row, "now")?.since(at(row, "answered_at")?);

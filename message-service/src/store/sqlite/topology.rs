@@ -218,6 +218,15 @@ pub(super) async fn removed_subscriptions(db: &mut SqliteConnection) -> Result<V
     .map_err(error("read removed subscriptions"))
 }
 
+/// The version of the topology in force.
+pub(super) async fn version(db: &mut SqliteConnection) -> Result<u64, Error> {
+    let version: i64 = sqlx::query_scalar("SELECT topology_version FROM store")
+        .fetch_one(db)
+        .await
+        .map_err(error("read the version of the topology"))?;
+    Ok(version.unsigned_abs())
+}
+
 /// Reads what is active.
 pub(super) async fn load(db: &mut SqliteConnection) -> Result<Topology, Error> {
     let doing = "read the topology";

@@ -1,6 +1,6 @@
 //! How the database does what the hot statements ask for.
 
-use super::super::{answers, checks, decisions, deliveries, outcomes, session};
+use super::super::{answers, checks, decisions, deliveries, look, outcomes, session};
 use super::*;
 
 /// The plan that stays in use whatever the arguments are, one step per line.
@@ -73,6 +73,17 @@ async fn assert_plans(harness: &OnPostgres, when: &str) {
             deliveries::NEXT_DUE,
             "'s', '-infinity'",
             &["delivery_to_send", "delivery_to_send_alone"],
+        ),
+        (
+            "(text[], timestamptz[], text[], interval)",
+            look::LOOK,
+            "'{}', '{}', '{}', '1 s'",
+            &[
+                "delivery_to_send",
+                "delivery_to_send_alone",
+                "delivery_silent",
+                "message_to_check",
+            ],
         ),
         (
             "(text, bigint, interval, uuid)",
