@@ -328,8 +328,8 @@ pub enum Lane {
 }
 
 /// How long after its confirm a delivery is fresh. What a backlog brings back must not hold up
-/// what happens now.
-pub const FRESH_FOR: Duration = Duration::from_secs(60);
+/// what happens now, and an outage of a minute is a backlog, too.
+pub const FRESH_FOR: Duration = Duration::from_secs(3);
 
 /// What is due at one moment, and for whom.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

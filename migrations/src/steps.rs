@@ -28,6 +28,11 @@ impl Owner {
                     "../message-service/postgres/0002_replicas.sql"
                 ),
                 step!(3, "turns", "../message-service/postgres/0003_turns.sql"),
+                step!(
+                    4,
+                    "room_in_pages",
+                    "../message-service/postgres/0004_room_in_pages.sql"
+                ),
             ],
             (Self::Fence, Database::Sqlite) => {
                 &[step!(1, "fence", "../fence/sqlite/0001_fence.sql")]

@@ -431,8 +431,10 @@ impl Broker for RabbitMq {
 
     fn answered(&self, subscription: &str, ids: &[MessageId]) {
         self.unmarked.answered(subscription, ids);
-        self.queues
-            .answered(subscription, ids.len(), self.clock.monotonic());
+        let now = self.clock.monotonic();
+        if self.queues.answered(subscription, ids.len(), now) {
+            self.signals[Pace::Drain as usize].notify_one();
+        }
     }
 
     fn heard(&self, heard: &Heard) {

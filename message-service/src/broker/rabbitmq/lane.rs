@@ -3,7 +3,7 @@
 //! What a confirm has leased to this process needs no claim; the fresh lane takes it first.
 //!
 //! There are two, so that a backlog takes half of what there is and no more: one for what was
-//! confirmed within the last minute, one for everything that is due. Each batch is for one queue
+//! confirmed a moment ago, one for everything that is due. Each batch is for one queue
 //! and flies on a channel of its own: a channel works off what it is given in order and stands
 //! still at a queue that does not answer, and then it must hold nobody else's messages.
 
@@ -192,7 +192,8 @@ impl Running {
                 self.rabbit.queues.more(self.pace, &subscription);
                 continue;
             }
-            let limit = self.rabbit.queues.reserve(&subscription, BATCH);
+            let queues = &self.rabbit.queues;
+            let limit = queues.reserve_for(self.pace, &subscription, BATCH);
             if limit == 0 {
                 self.rabbit.queues.more(self.pace, &subscription);
                 continue;

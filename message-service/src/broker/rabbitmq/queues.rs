@@ -13,6 +13,10 @@ use crate::topology::Topology;
 const LEAST_IN_QUEUE: u64 = 10_000;
 /// A queue may hold what its subscription answers in this time, if that is more.
 const SECONDS_IN_QUEUE: f64 = 5.0;
+/// What drains fills a queue up to this many messages, or to what its subscription answers in
+/// [`SECONDS_OF_BACKLOG`]: what is confirmed now stands behind it, and is not to wait for long.
+const LEAST_OF_BACKLOG: u64 = 2_000;
+const SECONDS_OF_BACKLOG: f64 = 0.5;
 /// How much a new second weighs in the recent answer rate.
 const WEIGHT: f64 = 0.3;
 /// How long a queue that gave no answer is not looked at.
@@ -30,7 +34,7 @@ const CONSUMER_HOLDS: Duration = Duration::from_secs(35 * 60);
 /// Which of the two lanes of the healthy queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pace {
-    /// What was confirmed within the last minute.
+    /// What was confirmed a moment ago.
     Fresh,
     /// Everything that is due.
     Drain,
@@ -67,8 +71,10 @@ struct Queue {
     look_at: Duration,
     /// Since when every look found it empty.
     empty_since: Option<Duration>,
-    /// Answers since the last look.
+    /// Answers since the rate was brought up to date.
     answered: u64,
+    /// Answers since the last look at the queue.
+    answered_since: u64,
     /// When answers last came; before the first, when the queue was first seen.
     answered_at: Option<Duration>,
     /// Answers per second.
@@ -92,6 +98,19 @@ impl Queue {
     fn room(&self, processes: u32) -> u64 {
         let room = self.limit().saturating_sub(self.waiting) / u64::from(processes.max(1));
         room.saturating_sub(self.sent_since + self.in_flight)
+    }
+
+    /// The same for what drains. Answers make room at once, or what is sent between two looks at
+    /// the queue would not last until the next one.
+    fn room_for(&self, pace: Pace, processes: u32) -> u64 {
+        let room = self.room(processes);
+        if pace == Pace::Fresh {
+            return room;
+        }
+        let limit = ((self.rate * SECONDS_OF_BACKLOG) as u64).max(LEAST_OF_BACKLOG);
+        let ahead = self.waiting + self.sent_since + self.in_flight;
+        let ahead = ahead.saturating_sub(self.answered_since);
+        room.min(limit.saturating_sub(ahead))
     }
 }
 
@@ -166,6 +185,7 @@ impl Queues {
                 look_at: Duration::ZERO,
                 empty_since: None,
                 answered: 0,
+                answered_since: 0,
                 answered_at: None,
                 rate: 0.0,
                 due: [true; 2],
@@ -233,7 +253,7 @@ impl Queues {
         for (name, queue) in queues.iter_mut() {
             if queue.health == Health::Open
                 && queue.due[pace as usize]
-                && queue.room(*processes) > 0
+                && queue.room_for(pace, *processes) > 0
             {
                 queue.due[pace as usize] = false;
                 turns.push(name.clone());
@@ -289,12 +309,17 @@ impl Queues {
     /// Takes room for at most this many messages, before they are claimed: two lanes must not
     /// fill the same room. It is given back by [`Self::landed`].
     pub(super) fn reserve(&self, name: &str, most: usize) -> usize {
+        self.reserve_for(Pace::Fresh, name, most)
+    }
+
+    /// The same of the room that a lane may fill.
+    pub(super) fn reserve_for(&self, pace: Pace, name: &str, most: usize) -> usize {
         let mut state = self.lock();
         let processes = state.processes;
         let Some(queue) = state.queues.get_mut(name) else {
             return 0;
         };
-        let granted = queue.room(processes).min(most as u64);
+        let granted = queue.room_for(pace, processes).min(most as u64);
         queue.in_flight += granted;
         usize::try_from(granted).unwrap_or(most)
     }
@@ -310,12 +335,16 @@ impl Queues {
         }
     }
 
-    /// Answers were written.
-    pub(super) fn answered(&self, name: &str, answers: usize, now: Duration) {
-        if let Some(queue) = self.lock().queues.get_mut(name) {
-            queue.answered += answers as u64;
-            queue.answered_at = Some(now);
-        }
+    /// Answers were written. True if what drains may have waited for that.
+    pub(super) fn answered(&self, name: &str, answers: usize, now: Duration) -> bool {
+        let mut state = self.lock();
+        let Some(queue) = state.queues.get_mut(name) else {
+            return false;
+        };
+        queue.answered += answers as u64;
+        queue.answered_since += answers as u64;
+        queue.answered_at = Some(now);
+        queue.due[Pace::Drain as usize]
     }
 
     /// What all processes have heard.
@@ -341,6 +370,7 @@ impl Queues {
         if let Some(queue) = self.lock().queues.get_mut(name) {
             queue.waiting = seen.waiting;
             queue.sent_since = 0;
+            queue.answered_since = 0;
             queue.consumers = seen.consumers;
             queue.seen_at = now;
             queue.answered_at.get_or_insert(now);
@@ -551,6 +581,29 @@ mod tests {
         }
         let room = queues.reserve("a", 100_000);
         assert!((49_000..=50_000).contains(&room), "{room}");
+    }
+
+    #[test]
+    fn what_drains_leaves_room_for_what_is_fresh_and_answers_make_room_at_once() {
+        let queues = queues(&["a"]);
+        let drain = |most| queues.reserve_for(Pace::Drain, "a", most);
+        assert_eq!(drain(5_000), 2_000);
+        queues.landed("a", 2_000, 2_000);
+        assert_eq!(drain(1), 0);
+        assert_eq!(queues.turns(Pace::Drain), Vec::<String>::new());
+        assert_eq!(queues.reserve("a", 20_000), 8_000, "fresh ones may go");
+        queues.landed("a", 8_000, 0);
+        assert!(queues.answered("a", 300, SECOND), "it waits for room");
+        assert_eq!(queues.turns(Pace::Drain), ["a"]);
+        assert_eq!(drain(5_000), 300);
+        queues.landed("a", 300, 300);
+        assert!(!queues.answered("a", 100, SECOND), "it had its turn");
+        let seen = Seen {
+            waiting: 1_900,
+            consumers: 1,
+        };
+        queues.seen("a", seen, SECOND);
+        assert_eq!(drain(5_000), 100, "a look at the queue knows better");
     }
 
     #[test]
