@@ -334,7 +334,7 @@ async fn inbox(url: &str) -> Result<PgPool, Failure> {
 }
 
 /// The queue as the service declares it.
-async fn declare(connection: &Connection, queue: &str) -> Result<(), Failure> {
+pub(crate) async fn declare(connection: &Connection, queue: &str) -> Result<(), Failure> {
     let mut arguments = FieldTable::default();
     let quorum = AMQPValue::LongString("quorum".into());
     arguments.insert("x-queue-type".into(), quorum);
@@ -352,7 +352,11 @@ async fn declare(connection: &Connection, queue: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn consume(connection: &Connection, queue: &str, number: u8) -> Result<Consumer, Failure> {
+pub(crate) async fn consume(
+    connection: &Connection,
+    queue: &str,
+    number: u8,
+) -> Result<Consumer, Failure> {
     let channel = connection.create_channel().await;
     let channel = channel.map_err(Failure::of("open a channel"))?;
     channel

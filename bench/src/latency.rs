@@ -13,12 +13,11 @@ use uuid::Uuid;
 use crate::Failure;
 use crate::fill::{self, Kind};
 use crate::handfast::{Plan, Running};
-use crate::open_loop;
 use crate::options::Options;
 use crate::place::Place;
 use crate::rounds::{Figures, head};
 use crate::servers::Servers;
-use crate::topology;
+use crate::{open_loop, rabbitmq_alone, topology};
 
 /// A prepare is scheduled this much before its confirm.
 const AHEAD: Duration = Duration::from_millis(100);
@@ -67,6 +66,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
             ("to the confirm's statement", measured.decided),
             ("prepare", measured.prepared),
             ("confirm", measured.confirmed),
+            ("RabbitMQ alone", measured.rabbitmq_alone),
         ] {
             for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
                 figures.push((format!("{what}, {name}"), at(&mut times, share)));
@@ -121,6 +121,8 @@ struct Round {
     prepared: Vec<f64>,
     /// From each confirm's time to its answer.
     confirmed: Vec<f64>,
+    /// From each message's time to a consumer, without the service.
+    rabbitmq_alone: Vec<f64>,
 }
 
 async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
@@ -192,6 +194,8 @@ async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
     running.all_applied(count + 1).await?;
     running.stop().await?;
     place.remove(servers, &all).await?;
+    let rabbitmq_alone =
+        rabbitmq_alone::run(servers, count, rate, args.options.payload as usize).await?;
     let late = |times: &[AtomicU64], ahead: Duration| {
         let late = |(number, time): (usize, &AtomicU64)| {
             let due = micros(due(number as u64).saturating_sub(ahead));
@@ -204,6 +208,7 @@ async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
         decided: late(&decided, Duration::ZERO),
         prepared: late(&prepared, AHEAD),
         confirmed: late(&confirmed, Duration::ZERO),
+        rabbitmq_alone,
     })
 }
 

@@ -20,6 +20,7 @@ mod payload;
 mod pipeline;
 mod place;
 mod pure;
+mod rabbitmq_alone;
 mod rounds;
 mod sdk_path;
 mod servers;

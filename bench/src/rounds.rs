@@ -32,13 +32,19 @@ impl Figures {
         self.0.iter().copied().fold(f64::NEG_INFINITY, f64::max)
     }
 
-    /// For programs.
+    /// For programs; null without any.
     pub(crate) fn json(&self) -> Value {
+        if self.0.is_empty() {
+            return Value::Null;
+        }
         json!({ "median": self.median(), "min": self.least(), "max": self.most(), "rounds": self.0 })
     }
 
     /// For people, with so many digits behind the point.
     pub(crate) fn row(&self, name: &str, digits: usize) -> String {
+        if self.0.is_empty() {
+            return format!("{name:<28} {:>12} {:>12} {:>12}", "-", "-", "-");
+        }
         format!(
             "{name:<28} {:>12.digits$} {:>12.digits$} {:>12.digits$}",
             self.median(),
@@ -63,5 +69,12 @@ mod tests {
         assert_eq!(of(&[]), 0.0);
         assert_eq!(of(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(of(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn what_was_not_measured_is_no_figure() {
+        let none = Figures::default();
+        assert_eq!(none.json(), Value::Null);
+        assert_eq!(none.row("bytes", 0).matches(" -").count(), 3);
     }
 }

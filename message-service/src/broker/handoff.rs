@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use crate::store::{Handed, Handoff};
 
-/// Deliveries of one subscription that are permitted or wait.
-const MOST: usize = 1_000;
+/// Deliveries of one subscription that are permitted or wait: what RabbitMQ takes within their lease
+/// even if it takes only some hundreds per second.
+const MOST: usize = 4_000;
 /// No permit is given while what waits has this many bytes of bodies.
 const MOST_BYTES: usize = 8 * 1024 * 1024;
 
@@ -260,16 +261,19 @@ mod tests {
     #[test]
     fn permits_are_bounded_by_the_call_the_room_and_what_is_out_or_waits() {
         let handoffs = Arc::new(Handoffs::default());
-        let first = permit(&handoffs, 400, &[("a", 10_000), ("b", 3)]);
-        assert_eq!((room(&first, "a"), room(&first, "b")), (400, 3));
-        let second = permit(&handoffs, 900, &[("a", 10_000), ("b", 3)]);
-        assert_eq!((room(&second, "a"), room(&second, "b")), (600, 0));
+        let first = permit(&handoffs, 1_600, &[("a", 10_000), ("b", 3)]);
+        assert_eq!((room(&first, "a"), room(&first, "b")), (1_600, 3));
+        let second = permit(&handoffs, 3_600, &[("a", 10_000), ("b", 3)]);
+        assert_eq!((room(&second, "a"), room(&second, "b")), (2_400, 0));
         // What was leased takes the place of its permit; the rest is free again.
-        handoffs.keep(&second, vec![handed("a", 1); 100]);
+        handoffs.keep(&second, vec![handed("a", 1); 400]);
         drop(second);
-        assert_eq!(room(&permit(&handoffs, 900, &[("a", 10_000)]), "a"), 500);
-        drop(first);
-        assert_eq!(room(&permit(&handoffs, 1_000, &[("a", 10_000)]), "a"), 900);
+        let third = permit(&handoffs, 3_600, &[("a", 10_000)]);
+        assert_eq!(room(&third, "a"), 2_000);
+        drop((first, third));
+        let most = permit(&handoffs, 9_000, &[("a", 10_000)]);
+        assert_eq!(room(&most, "a"), MOST - 400);
+        drop(most);
         assert_eq!(room(&permit(&handoffs, 1_000, &[("b", 3)]), "b"), 3);
     }
 
