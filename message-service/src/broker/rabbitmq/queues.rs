@@ -75,6 +75,8 @@ struct Queue {
     answered: u64,
     /// Answers since the last look at the queue.
     answered_since: u64,
+    /// Answers of which what drains has not had its half yet.
+    to_halve: u64,
     /// When answers last came; before the first, when the queue was first seen.
     answered_at: Option<Duration>,
     /// Answers per second.
@@ -101,7 +103,8 @@ impl Queue {
     }
 
     /// The same for what drains. Answers make room at once, or what is sent between two looks at
-    /// the queue would not last until the next one.
+    /// the queue would not last until the next one. Where what is fresh keeps the queue full, what
+    /// drains has half of what is answered: it must not wait for ever.
     fn room_for(&self, pace: Pace, processes: u32) -> u64 {
         let room = self.room(processes);
         if pace == Pace::Fresh {
@@ -110,7 +113,8 @@ impl Queue {
         let limit = ((self.rate * SECONDS_OF_BACKLOG) as u64).max(LEAST_OF_BACKLOG);
         let ahead = self.waiting + self.sent_since + self.in_flight;
         let ahead = ahead.saturating_sub(self.answered_since);
-        room.min(limit.saturating_sub(ahead))
+        let half = self.to_halve / 2;
+        room.min(limit.saturating_sub(ahead).max(half))
     }
 }
 
@@ -186,6 +190,7 @@ impl Queues {
                 empty_since: None,
                 answered: 0,
                 answered_since: 0,
+                to_halve: 0,
                 answered_at: None,
                 rate: 0.0,
                 due: [true; 2],
@@ -321,6 +326,9 @@ impl Queues {
         };
         let granted = queue.room_for(pace, processes).min(most as u64);
         queue.in_flight += granted;
+        if pace == Pace::Drain {
+            queue.to_halve = queue.to_halve.saturating_sub(2 * granted);
+        }
         usize::try_from(granted).unwrap_or(most)
     }
 
@@ -343,6 +351,7 @@ impl Queues {
         };
         queue.answered += answers as u64;
         queue.answered_since += answers as u64;
+        queue.to_halve = (queue.to_halve + answers as u64).min(LEAST_OF_BACKLOG);
         queue.answered_at = Some(now);
         queue.due[Pace::Drain as usize]
     }
@@ -604,6 +613,30 @@ mod tests {
         };
         queues.seen("a", seen, SECOND);
         assert_eq!(drain(5_000), 100, "a look at the queue knows better");
+    }
+
+    #[test]
+    fn what_drains_has_half_of_the_answers_while_what_is_fresh_keeps_the_queue_full() {
+        let queues = queues(&["a"]);
+        let full = Seen {
+            waiting: 10_000,
+            consumers: 1,
+        };
+        let (mut drained, mut fresh) = (0, 0);
+        for second in 1..=10 {
+            queues.seen("a", full, second * SECOND);
+            // What it has answered meanwhile a look sees as room.
+            for _ in 0..10 {
+                queues.answered("a", 50, second * SECOND);
+                let waiting = 10_000 - 50;
+                queues.seen("a", Seen { waiting, ..full }, second * SECOND);
+                let half = queues.reserve_for(Pace::Drain, "a", 200);
+                let rest = queues.reserve("a", 200);
+                queues.landed("a", (half + rest) as u64, (half + rest) as u64);
+                (drained, fresh) = (drained + half, fresh + rest);
+            }
+        }
+        assert_eq!((drained, fresh), (2_500, 2_500));
     }
 
     #[test]
