@@ -7,9 +7,12 @@
 mod bodies;
 mod checks;
 mod console;
+mod decisions;
 mod deliveries;
+mod lists;
 mod messages;
 mod open;
+mod outcomes;
 mod readers;
 mod retire;
 mod rows;
@@ -128,7 +131,7 @@ impl Store for SqliteStore {
             self,
             Decide,
             rows,
-            messages::decide,
+            decisions::decide,
             producer.to_owned(),
             decisions
         )
