@@ -147,7 +147,7 @@ async fn verdict(
                 MessageEvent::Confirm | MessageEvent::Publish => "COMMITTED",
                 MessageEvent::Cancel | MessageEvent::Prepare => "ROLLED_BACK",
             };
-            event(tx, claim.id, None, "check", verdict, doing).await?;
+            event(tx, claim.id, "check", verdict, doing).await?;
             Ok(true)
         }
         Ok(Effect::AlreadySo) | Err(_) => Ok(false),
@@ -185,10 +185,10 @@ async fn undecided(
     } else {
         "UNKNOWN"
     };
-    event(tx, claim.id, None, "check", answer, doing).await?;
+    event(tx, claim.id, "check", answer, doing).await?;
     if checks == CheckPolicy::UNRESOLVED_AFTER_CHECKS {
         let detail = format!("{checks} answered checks brought no verdict");
-        event(tx, claim.id, None, "unresolved", &detail, doing).await?;
+        event(tx, claim.id, "unresolved", &detail, doing).await?;
     }
     Ok(true)
 }

@@ -125,7 +125,7 @@ pub(super) async fn conflict(
     .await
     .map_err(error(doing))?;
     if marked.rows_affected() == 1 {
-        event(tx, id, None, "conflict", detail, doing).await?;
+        event(tx, id, "conflict", detail, doing).await?;
         tracing::error!(message.id = %id, detail, "a final decision was contradicted");
     }
     Ok(())

@@ -296,22 +296,19 @@ async fn insert(
         .map_err(error(doing))
 }
 
-/// Writes a line of the timeline that no column tells.
+/// Writes a line of a message's timeline that no column tells.
 pub(super) async fn event(
     tx: &mut Tx,
     id: MessageId,
-    subscription: Option<&str>,
     kind: &str,
     detail: &str,
     doing: &'static str,
 ) -> Result<(), Error> {
     sqlx::query(
         "-- insert an event
-         INSERT INTO message_event (message_id, subscription, at, kind, detail)
-         VALUES (?, ?, ?, ?, ?)",
+         INSERT INTO message_event (message_id, at, kind, detail) VALUES (?, ?, ?, ?)",
     )
     .bind(&id.as_bytes()[..])
-    .bind(subscription)
     .bind(tx.now.as_micros())
     .bind(kind)
     .bind(detail)

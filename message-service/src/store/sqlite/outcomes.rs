@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use super::checks::chance;
 use super::lists;
-use super::messages::event;
 use super::rows::{Columns, error};
 use super::writer::Tx;
 use crate::message::delivery::{DeliveryEvent, Outcome};
@@ -24,7 +23,7 @@ pub(super) async fn happen(
     for part in lists::parts(events, |(id, _)| [*id]) {
         let ids = part.iter().map(|(id, _)| *id);
         let deliveries = read(tx, subscription, ids, doing).await?;
-        let (mut consumed, mut skipped) = (Vec::new(), Vec::new());
+        let mut writes = Writes::default();
         for (id, happened) in part {
             let outcome = match deliveries.get(id) {
                 None => None,
@@ -34,18 +33,12 @@ pub(super) async fn happen(
                     Some(delivery.apply(happened, policy, tx.now, chance))
                 }
             };
-            match &outcome {
-                Some(Outcome::Consumed) => consumed.push(*id),
-                Some(Outcome::Skipped) => skipped.push(*id),
-                _ => {}
-            }
             if let Some(outcome) = &outcome {
-                write_outcome(tx, *id, subscription, happened, outcome, doing).await?;
+                writes.note(*id, happened, outcome);
             }
             outcomes.push(outcome);
         }
-        end(tx, subscription, consumed, DeliveryState::Consumed, doing).await?;
-        end(tx, subscription, skipped, DeliveryState::Skipped, doing).await?;
+        writes.write(tx, subscription, doing).await?;
     }
     Ok(outcomes)
 }
@@ -90,91 +83,117 @@ async fn read(
     Ok(deliveries)
 }
 
-/// Writes what is rare enough to be written by itself; CONSUMED and SKIPPED are not.
-async fn write_outcome(
-    tx: &mut Tx,
-    id: MessageId,
-    subscription: &str,
-    happened: &DeliveryEvent<'_>,
-    outcome: &Outcome,
-    doing: &'static str,
-) -> Result<(), Error> {
-    match outcome {
-        Outcome::AlreadySo | Outcome::Stale => return Ok(()),
-        Outcome::Consumed | Outcome::Skipped => {}
-        Outcome::Again {
-            due_at,
-            attempts,
-            laters,
-            stream_ends,
-            error: reason,
-        } => {
-            sqlx::query(
-                "-- again
-                 UPDATE delivery
-                    SET state = 'PENDING', due_at = ?, token = NULL, attempts = ?, laters = ?,
-                        stream_ends = ?, answered_generation = generation,
-                        last_error = coalesce(?, last_error)
-                  WHERE message_id = ? AND subscription = ?",
-            )
-            .bind(due_at.as_micros())
-            .bind(attempts)
-            .bind(laters)
-            .bind(stream_ends)
-            .bind(reason)
-            .bind(&id.as_bytes()[..])
-            .bind(subscription)
-            .execute(&mut tx.db)
-            .await
-            .map_err(error(doing))?;
-        }
-        Outcome::Dead {
-            attempts,
-            error: reason,
-        } => {
-            end(tx, subscription, vec![id], DeliveryState::Dead, doing).await?;
-            sqlx::query(
-                "-- why it is dead
-                 UPDATE delivery SET attempts = ?, last_error = ?
-                  WHERE message_id = ? AND subscription = ?",
-            )
-            .bind(attempts)
-            .bind(reason)
-            .bind(&id.as_bytes()[..])
-            .bind(subscription)
-            .execute(&mut tx.db)
-            .await
-            .map_err(error(doing))?;
-        }
-    }
-    for (kind, detail) in timeline::lines(happened, outcome) {
-        event(tx, id, Some(subscription), kind, &detail, doing).await?;
-    }
-    Ok(())
+/// What is to be written about the deliveries of a list.
+#[derive(Default)]
+struct Writes {
+    consumed: Vec<MessageId>,
+    skipped: Vec<MessageId>,
+    dead: Vec<(String, u32, String)>,
+    again: Vec<(String, i64, u32, u32, u32, Option<String>)>,
+    /// Message, kind and detail.
+    events: Vec<(String, &'static str, String)>,
 }
 
-async fn end(
+impl Writes {
+    fn note(&mut self, id: MessageId, happened: &DeliveryEvent<'_>, outcome: &Outcome) {
+        let hex = || lists::hex(id.as_bytes());
+        match outcome {
+            Outcome::AlreadySo | Outcome::Stale => return,
+            Outcome::Consumed => self.consumed.push(id),
+            Outcome::Skipped => self.skipped.push(id),
+            Outcome::Dead { attempts, error } => {
+                self.dead.push((hex(), *attempts, error.clone()));
+            }
+            Outcome::Again {
+                due_at,
+                attempts,
+                laters,
+                stream_ends,
+                error,
+            } => self.again.push((
+                hex(),
+                due_at.as_micros(),
+                *attempts,
+                *laters,
+                *stream_ends,
+                error.clone(),
+            )),
+        }
+        let lines = timeline::lines(happened, outcome);
+        let events = lines.map(|(kind, detail)| (hex(), kind, detail));
+        self.events.extend(events);
+    }
+
+    async fn write(
+        self,
+        tx: &mut Tx,
+        subscription: &str,
+        doing: &'static str,
+    ) -> Result<(), Error> {
+        let now = tx.now;
+        for (ids, state) in [
+            (self.consumed, DeliveryState::Consumed),
+            (self.skipped, DeliveryState::Skipped),
+        ] {
+            if ids.is_empty() {
+                continue;
+            }
+            sqlx::query(
+                "-- end deliveries
+                 UPDATE delivery INDEXED BY sqlite_autoindex_delivery_1
+                    SET state = ?4, due_at = NULL, token = NULL, answered_at = ?3
+                  WHERE message_id IN (SELECT unhex(value) FROM json_each(?1))
+                    AND subscription = ?2",
+            )
+            .bind(lists::ids(ids))
+            .bind(subscription)
+            .bind(now.as_micros())
+            .bind(state.as_str())
+            .execute(&mut tx.db)
+            .await
+            .map_err(error(doing))?;
+        }
+        let dead = "-- give deliveries up
+            UPDATE delivery INDEXED BY sqlite_autoindex_delivery_1
+               SET state = 'DEAD', due_at = NULL, token = NULL, answered_at = ?3,
+                   attempts = dead.value ->> 1, last_error = dead.value ->> 2
+              FROM json_each(?1) AS dead
+             WHERE message_id = unhex(dead.value ->> 0) AND subscription = ?2";
+        rows(tx, dead, &self.dead, subscription, doing).await?;
+        let again = "-- send deliveries again
+            UPDATE delivery INDEXED BY sqlite_autoindex_delivery_1
+               SET state = 'PENDING', due_at = again.value ->> 1, token = NULL,
+                   attempts = again.value ->> 2, laters = again.value ->> 3,
+                   stream_ends = again.value ->> 4, answered_generation = generation,
+                   last_error = coalesce(again.value ->> 5, last_error)
+              FROM json_each(?1) AS again
+             WHERE message_id = unhex(again.value ->> 0) AND subscription = ?2";
+        rows(tx, again, &self.again, subscription, doing).await?;
+        let events = "-- insert events
+            INSERT INTO message_event (message_id, subscription, at, kind, detail)
+            SELECT unhex(value ->> 0), ?2, ?3, value ->> 1, value ->> 2
+              FROM json_each(?1) ORDER BY key";
+        rows(tx, events, &self.events, subscription, doing).await
+    }
+}
+
+/// Runs a statement with a list of rows, the subscription and the time, if there are rows.
+async fn rows<T: serde::Serialize>(
     tx: &mut Tx,
+    sql: &'static str,
+    rows: &[T],
     subscription: &str,
-    ids: Vec<MessageId>,
-    state: DeliveryState,
     doing: &'static str,
 ) -> Result<(), Error> {
-    if ids.is_empty() {
+    if rows.is_empty() {
         return Ok(());
     }
-    sqlx::query(
-        "-- end deliveries
-         UPDATE delivery INDEXED BY sqlite_autoindex_delivery_1
-            SET state = ?3, due_at = NULL, token = NULL, answered_at = ?4
-          WHERE message_id IN (SELECT unhex(value) FROM json_each(?1)) AND subscription = ?2",
-    )
-    .bind(lists::ids(ids))
-    .bind(subscription)
-    .bind(state.as_str())
-    .bind(tx.now.as_micros())
-    .execute(&mut tx.db)
-    .await
-    .map_err(error(doing))?;
+    sqlx::query(sql)
+        .bind(lists::rows(rows).map_err(error(doing))?)
+        .bind(subscription)
+        .bind(tx.now.as_micros())
+        .execute(&mut tx.db)
+        .await
+        .map_err(error(doing))?;
     Ok(())
 }
