@@ -16,7 +16,7 @@ use crate::options::Options;
 use crate::rounds::{Figures, head};
 use crate::service::Service;
 use crate::topology::{PRODUCER, TOPIC, subscriptions};
-use crate::{Failure, handfast};
+use crate::{Failure, handfast, usage};
 
 /// What the mode takes.
 #[derive(Debug, clap::Args)]
@@ -25,7 +25,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     options: Options,
 
-    /// Messages of one round; on a machine of two processors the default takes about 20 s
+    /// Messages of one round; on a machine of two processors the default takes about 10 s
     #[arg(long, value_name = "N", default_value_t = 150_000,
         value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     messages: u64,
@@ -48,22 +48,30 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let load_average = options.load_average()?;
     println!("load average at the start: {load_average}");
     let (mut rates, mut peak) = (Figures::default(), 0.0_f64);
+    let (mut service, mut clients) = (Figures::default(), Figures::default());
     for round in 0..=options.rounds {
         eprintln!("round {round}");
-        let (per_second, peak_mib) = one(&args).await?;
-        eprintln!("round {round}: {per_second:.0}/s");
+        let run = one(&args).await?;
+        eprintln!("round {round}: {:.0}/s", run.per_second);
         if round > 0 {
-            rates.add(per_second);
-            peak = peak.max(peak_mib);
+            rates.add(run.per_second);
+            service.add(run.service_cpu_us);
+            clients.add(run.clients_cpu_us);
+            peak = peak.max(run.peak_mib);
         }
     }
     println!("{}", head("messages per second"));
     println!("{}", rates.row("embedded", 0));
+    println!("{}", head("CPU us per message"));
+    println!("{}", service.row("service", 0));
+    println!("{}", clients.row("producers and consumer", 0));
     println!("peak memory of the service: {peak:.0} MiB");
     if options.json {
         let all = json!({
             "mode": "embedded",
             "handfast_per_s": rates.json(),
+            "service_cpu_us_per_message": service.json(),
+            "clients_cpu_us_per_message": clients.json(),
             "peak_memory_mib": peak,
             "messages": args.messages,
             "payload_bytes": options.payload,
@@ -75,7 +83,17 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn one(args: &Args) -> Result<(f64, f64), Failure> {
+/// What a round gave.
+struct Run {
+    per_second: f64,
+    /// Microseconds of all processors together, per message.
+    service_cpu_us: f64,
+    /// The same of the producers and the consumer, which are this process.
+    clients_cpu_us: f64,
+    peak_mib: f64,
+}
+
+async fn one(args: &Args) -> Result<Run, Failure> {
     let folder = tempfile::TempDir::with_prefix("handfast-bench-");
     let folder = folder.map_err(Failure::of("make a folder"))?;
     let names = subscriptions(1);
@@ -106,7 +124,8 @@ async fn one(args: &Args) -> Result<(f64, f64), Failure> {
     handfast::call(&warm, 1, 100, 1).await?;
     applied.wait(1).await?;
 
-    let began = Instant::now();
+    let own_cpu_s = || usage::cpu_of(std::process::id());
+    let (began, service_cpu_s, clients_cpu_s) = (Instant::now(), service.cpu_s()?, own_cpu_s()?);
     let payload = args.options.payload as usize;
     handfast::call(&producer, args.messages, payload, args.in_flight).await?;
     applied.wait(args.messages + 1).await?;
@@ -121,10 +140,16 @@ async fn one(args: &Args) -> Result<(f64, f64), Failure> {
             report.unanswered
         )));
     }
-    let peak_mib = service.peak_mib()?;
+    let messages = args.messages as f64;
+    let run = Run {
+        per_second: messages / took.as_secs_f64(),
+        service_cpu_us: (service.cpu_s()? - service_cpu_s) * 1e6 / messages,
+        clients_cpu_us: (own_cpu_s()? - clients_cpu_s) * 1e6 / messages,
+        peak_mib: service.peak_mib()?,
+    };
     service.kill().await?;
     inbox.close().await;
-    Ok((args.messages as f64 / took.as_secs_f64(), peak_mib))
+    Ok(run)
 }
 
 #[derive(Debug, Default)]

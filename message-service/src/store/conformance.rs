@@ -77,6 +77,7 @@ claims! {
     messages::publishing_is_preparing_and_confirming_in_one_write
     messages::publishing_what_was_prepared_confirms_it
     deliveries::a_body_comes_back_as_it_was_handed_over
+    deliveries::a_claim_reads_each_body_from_its_bucket
     deliveries::a_delivery_waits_for_its_time
     deliveries::a_look_sees_what_is_due_and_for_whom
     deliveries::a_look_says_when_the_next_is_due_if_that_is_soon
@@ -87,6 +88,7 @@ claims! {
     answers::sent_is_not_written_over_an_answer
     answers::consumed_is_accepted_from_any_generation_and_state
     answers::other_answers_count_once_and_only_for_the_current_generation
+    answers::answers_of_one_list_are_taken_one_after_the_other
     answers::an_answer_for_nothing_is_no_such_delivery
     answers::failed_follows_the_schedule_and_ends_dead_with_its_reason
     answers::later_does_not_count

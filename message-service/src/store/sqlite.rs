@@ -7,10 +7,13 @@
 mod bodies;
 mod checks;
 mod console;
+mod decisions;
 mod deliveries;
 mod look;
+mod lists;
 mod messages;
 mod open;
+mod outcomes;
 mod readers;
 mod retire;
 mod rows;
@@ -129,7 +132,7 @@ impl Store for SqliteStore {
             self,
             Decide,
             rows,
-            messages::decide,
+            decisions::decide,
             producer.to_owned(),
             decisions
         )

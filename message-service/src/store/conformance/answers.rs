@@ -79,6 +79,44 @@ pub(crate) async fn other_answers_count_once_and_only_for_the_current_generation
     assert_eq!(answer(&*store, 1, 2, failed()).await, AnswerOutcome::Stale);
 }
 
+pub(crate) async fn answers_of_one_list_are_taken_one_after_the_other(harness: &impl Harness) {
+    let store = ready(harness).await;
+    published(&*store, 1..=4).await;
+    let sent = claim(&*store, "accounting", 10).await;
+    assert!(sent.iter().all(|claim| claim.generation == 1));
+    let rejected = || AnswerKind::Rejected("bad".into());
+    let answers = [
+        (1, AnswerKind::Consumed),
+        (2, failed()),
+        (2, failed()),
+        (3, rejected()),
+        (2, AnswerKind::Consumed),
+        (3, AnswerKind::Consumed),
+        (1, failed()),
+        (4, AnswerKind::Consumed),
+    ];
+    let answers = answers.map(|(n, kind)| Answer {
+        id: id(n),
+        generation: 1,
+        sent_at: None,
+        kind,
+    });
+    let (recorded, stale) = (AnswerOutcome::Recorded, AnswerOutcome::Stale);
+    let outcomes = store.acknowledge("accounting", answers.to_vec()).await;
+    assert_eq!(
+        outcomes.unwrap(),
+        [
+            recorded, recorded, stale, recorded, recorded, recorded, stale, recorded
+        ]
+    );
+    for n in 1..=4 {
+        assert_eq!(delivery(&*store, n).await.state, DeliveryState::Consumed);
+    }
+    assert_eq!(delivery(&*store, 2).await.attempts, 1);
+    assert!(claim(&*store, "accounting", 10).await.is_empty());
+    assert_eq!(claim(&*store, "points", 10).await.len(), 4);
+}
+
 pub(crate) async fn an_answer_for_nothing_is_no_such_delivery(harness: &impl Harness) {
     let store = ready(harness).await;
     prepare(&*store, vec![message(1)]).await;

@@ -4,25 +4,77 @@ use super::*;
 
 pub(crate) async fn a_body_comes_back_as_it_was_handed_over(harness: &impl Harness) {
     let store = ready(harness).await;
-    let original = NewMessage {
+    let large = NewMessage {
         payload: (0..=255).cycle().take(70_000).collect(),
         headers: vec![("b".into(), "ü\n".into()), ("a".into(), String::new())],
         key: Some("ключ".into()),
         ..message(1)
     };
+    let empty = NewMessage {
+        payload: Vec::new(),
+        headers: Vec::new(),
+        content_type: String::new(),
+        ..message(2)
+    };
+    let quoted = NewMessage {
+        payload: vec![0, 0, 7],
+        headers: vec![("q".into(), r#"["\u0041", 1e3]"#.into())],
+        content_type: r#"a/b; c="\d""#.into(),
+        key: Some("007".into()),
+        ..message(3)
+    };
+    let originals = vec![large, empty, quoted];
     store
-        .publish(vec![original.clone()], Handoff::none())
+        .publish(originals.clone(), Handoff::none())
         .await
         .unwrap();
-    let claim = claim(&*store, "points", 1).await.remove(0);
-    assert_eq!(claim.payload, original.payload);
-    assert_eq!(claim.headers, original.headers);
-    assert_eq!(claim.key, original.key);
-    assert_eq!(claim.content_type, original.content_type);
-    assert_eq!(
-        (claim.producer, claim.topic),
-        (original.producer, original.topic)
-    );
+    let claims = claim(&*store, "points", 10).await;
+    assert_eq!(claims.len(), originals.len());
+    for original in originals {
+        let claim = claims.iter().find(|claim| claim.id == original.id);
+        let claim = claim.expect("every message is claimed").clone();
+        assert_eq!(claim.payload, original.payload);
+        assert_eq!(claim.headers, original.headers);
+        assert_eq!(claim.key, original.key);
+        assert_eq!(claim.content_type, original.content_type);
+        assert_eq!(
+            (claim.producer, claim.topic),
+            (original.producer, original.topic)
+        );
+    }
+}
+
+pub(crate) async fn a_claim_reads_each_body_from_its_bucket(harness: &impl Harness) {
+    let store = ready(harness).await;
+    let span = 60 * SECOND;
+    store.open_buckets(span).await.unwrap();
+    let due = |seconds| Some(store.now().after(seconds * SECOND));
+    let last = NewMessage {
+        deliver_after: due(400),
+        ..message(3)
+    };
+    store
+        .publish(vec![last, message(1)], Handoff::none())
+        .await
+        .unwrap();
+    // Long enough for a bucket that was planned with the longest span.
+    for _ in 0..3 {
+        harness.pass(2 * span).await;
+        store.open_buckets(span).await.unwrap();
+    }
+    published(&*store, [2]).await;
+    harness.pass(60 * SECOND).await;
+    let claims = claim(&*store, "points", 10).await;
+    let bodies = claims.into_iter().map(|claim| (claim.id, claim.payload));
+    let wanted = [1, 2, 3].map(|n| (id(n), message(n).payload));
+    assert_eq!(bodies.collect::<Vec<_>>(), wanted);
+    let all_but_one = 2 * message(1).body_bytes() + 1;
+    let lane = Lane::Normal {
+        limit: 10,
+        max_bytes: all_but_one,
+    };
+    let claimed = store.claim_deliveries("accounting", lane, LEASE).await;
+    assert!((1..=2).contains(&claimed.unwrap().deliveries.len()));
 }
 
 pub(crate) async fn a_delivery_waits_for_its_time(harness: &impl Harness) {

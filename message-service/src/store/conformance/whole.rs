@@ -311,41 +311,60 @@ pub(crate) async fn random_calls_keep_to_the_model(harness: &impl Harness) {
     let store = ready(harness).await;
     let mut rng = rand::rngs::StdRng::seed_from_u64(20_261_123);
     let mut model: BTreeMap<u128, MessageState> = BTreeMap::new();
-    for step in 0..1_500 {
-        let n = rng.random_range(1..=40_u128);
-        let known = model.get(&n).copied();
-        let event = match rng.random_range(0..4) {
-            0 => MessageEvent::Prepare,
-            1 => MessageEvent::Confirm,
-            2 => MessageEvent::Cancel,
-            _ => MessageEvent::Publish,
+    for step in 0..500 {
+        // A list may name a message more than once.
+        let numbers: Vec<u128> = (0..rng.random_range(1..=5))
+            .map(|_| rng.random_range(1..=40))
+            .collect();
+        let events: Vec<_> = match rng.random_range(0..4) {
+            0 => vec![MessageEvent::Prepare; numbers.len()],
+            1 => vec![MessageEvent::Publish; numbers.len()],
+            _ => numbers
+                .iter()
+                .map(|_| match rng.random_bool(0.5) {
+                    true => MessageEvent::Confirm,
+                    false => MessageEvent::Cancel,
+                })
+                .collect(),
         };
-        let item = match event {
-            MessageEvent::Prepare => prepare(&*store, vec![message(n)]).await.remove(0),
-            MessageEvent::Publish => store
-                .publish(vec![message(n)], Handoff::none())
-                .await
-                .unwrap()
-                .items
-                .remove(0),
-            MessageEvent::Confirm | MessageEvent::Cancel => decide(&*store, n, event).await,
+        let messages = numbers.iter().copied().map(message).collect();
+        let items = match events[0] {
+            MessageEvent::Prepare => prepare(&*store, messages).await,
+            MessageEvent::Publish => {
+                let written = store.publish(messages, Handoff::none()).await;
+                written.unwrap().items
+            }
+            MessageEvent::Confirm | MessageEvent::Cancel => {
+                let decisions = numbers.iter().zip(&events);
+                let decisions = decisions.map(|(n, event)| Decision {
+                    id: id(*n),
+                    event: *event,
+                });
+                let decisions = decisions.collect();
+                let written = store.decide("payment", decisions, Handoff::none()).await;
+                written.unwrap().items
+            }
         };
-        let wanted = match (known, event) {
-            (None, MessageEvent::Prepare) => Ok(MessageState::Prepared),
-            (None, MessageEvent::Publish) => Ok(MessageState::Confirmed),
-            (None, _) => Err(Refusal::NoSuchMessage(id(n))),
-            (Some(state), _) => match state.apply(event) {
-                Ok(Effect::Moves(next)) => Ok(next),
-                Ok(Effect::AlreadySo) => Ok(state),
-                Err(wrong) => Err(Refusal::WrongState { id: id(n), wrong }),
-            },
-        };
-        assert_eq!(
-            item, wanted,
-            "step {step}: {event} of {n}, which is {known:?}"
-        );
-        if let Ok(state) = item {
-            model.insert(n, state);
+        assert_eq!(items.len(), numbers.len());
+        for ((item, n), event) in items.into_iter().zip(numbers).zip(events) {
+            let known = model.get(&n).copied();
+            let wanted = match (known, event) {
+                (None, MessageEvent::Prepare) => Ok(MessageState::Prepared),
+                (None, MessageEvent::Publish) => Ok(MessageState::Confirmed),
+                (None, _) => Err(Refusal::NoSuchMessage(id(n))),
+                (Some(state), _) => match state.apply(event) {
+                    Ok(Effect::Moves(next)) => Ok(next),
+                    Ok(Effect::AlreadySo) => Ok(state),
+                    Err(wrong) => Err(Refusal::WrongState { id: id(n), wrong }),
+                },
+            };
+            assert_eq!(
+                item, wanted,
+                "step {step}: {event} of {n}, which is {known:?}"
+            );
+            if let Ok(state) = item {
+                model.insert(n, state);
+            }
         }
     }
     for (n, state) in model {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Row as _};
 
+use super::lists;
 use super::rows::{Columns, error};
 use super::writer::{Kind, Tx};
 use crate::message::{MessageId, NewMessage, Timestamp};
@@ -42,55 +43,115 @@ pub(super) async fn current(db: &mut SqliteConnection, now: Timestamp) -> Result
     .await
 }
 
-/// Puts a body into a bucket.
+/// Puts the bodies of messages into a bucket.
 pub(super) async fn put(
     db: &mut SqliteConnection,
     bucket: i64,
-    message: &NewMessage,
+    messages: &[&NewMessage],
 ) -> Result<(), sqlx::Error> {
-    let headers = serde_json::to_string(&message.headers)
-        .map_err(|source| sqlx::Error::Encode(Box::new(source)))?;
+    // JSON holds no bytes, so the payloads go beside it, one behind the other.
+    let mut payloads = Vec::with_capacity(messages.iter().map(|m| m.payload.len()).sum());
+    let mut list = Vec::with_capacity(messages.len());
+    for message in messages {
+        let headers = serde_json::to_string(&message.headers)
+            .map_err(|source| sqlx::Error::Encode(Box::new(source)))?;
+        list.push((
+            lists::hex(message.id.as_bytes()),
+            &message.content_type,
+            headers,
+            // SQLite counts from 1.
+            payloads.len() + 1,
+            message.payload.len(),
+        ));
+        payloads.extend_from_slice(&message.payload);
+    }
+    // `substr` of no bytes at all is NULL.
     let sql = format!(
-        "-- put a body\nINSERT INTO body_{bucket} (message_id, content_type, headers, payload) \
-         VALUES (?, ?, ?, ?)"
+        "-- put bodies
+         INSERT INTO body_{bucket} (message_id, content_type, headers, payload)
+         WITH list AS MATERIALIZED (SELECT value AS body FROM json_each(?1))
+         SELECT unhex(body ->> 0), body ->> 1, body ->> 2,
+                coalesce(substr(?2, body ->> 3, body ->> 4), x'')
+           FROM list"
     );
     sqlx::query(AssertSqlSafe(sql))
-        .bind(&message.id.as_bytes()[..])
-        .bind(&message.content_type)
-        .bind(headers)
-        .bind(&message.payload[..])
+        .bind(lists::rows(&list)?)
+        .bind(payloads)
         .execute(db)
         .await?;
     Ok(())
 }
 
-/// Reads the body of a message from its bucket.
+/// Reads bodies from a bucket, in order, as many as there are within `max_bytes`, but at least
+/// `at_least` of them.
+pub(super) async fn read(
+    db: &mut SqliteConnection,
+    bucket: i64,
+    ids: &[MessageId],
+    max_bytes: usize,
+    at_least: usize,
+    doing: &'static str,
+) -> Result<Vec<Body>, Error> {
+    // What does not fit is measured, which reads no payload, but is not read.
+    let sql = format!(
+        "-- read bodies
+         WITH measured AS MATERIALIZED (
+             SELECT w.key AS place, b.rowid AS body,
+                    sum(octet_length(b.headers) + octet_length(b.payload))
+                        OVER (ORDER BY w.key) AS bytes
+               FROM json_each(?1) w CROSS JOIN body_{bucket} b ON b.message_id = unhex(w.value))
+         SELECT place, content_type, headers, payload
+           FROM measured CROSS JOIN body_{bucket} b ON b.rowid = measured.body
+          WHERE bytes <= ?2 OR place < ?3"
+    );
+    let mut rows = sqlx::query(AssertSqlSafe(sql))
+        .bind(lists::ids(ids.iter().copied()))
+        .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX))
+        .bind(i64::try_from(at_least).unwrap_or(i64::MAX))
+        .fetch_all(db)
+        .await
+        .map_err(error(doing))?
+        .iter()
+        .map(|row| {
+            let columns = Columns::new(row, doing);
+            let headers: &str = columns.get("headers")?;
+            let body = Body {
+                content_type: columns.get("content_type")?,
+                headers: serde_json::from_str(headers)
+                    .map_err(|_| columns.wrong("headers", "is not a list of pairs"))?,
+                payload: columns.get("payload")?,
+            };
+            Ok((columns.get::<i64>("place")?, body))
+        })
+        .collect::<Result<Vec<_>, Error>>()?;
+    rows.sort_unstable_by_key(|(place, _)| *place);
+    let there = rows
+        .iter()
+        .zip(0..)
+        .take_while(|((place, _), at)| place == at);
+    let there = there.count();
+    if there < rows.len().max(at_least.min(ids.len())) {
+        return Err(missing(bucket, ids[there], doing));
+    }
+    Ok(rows.into_iter().map(|(_, body)| body).collect())
+}
+
+/// Reads the body of one message.
 pub(super) async fn get(
     db: &mut SqliteConnection,
     bucket: i64,
     id: MessageId,
     doing: &'static str,
 ) -> Result<Body, Error> {
-    let sql = format!(
-        "-- get a body\nSELECT content_type, headers, payload FROM body_{bucket} WHERE message_id = ?"
-    );
-    let row = sqlx::query(AssertSqlSafe(sql))
-        .bind(&id.as_bytes()[..])
-        .fetch_optional(db)
-        .await
-        .map_err(error(doing))?
-        .ok_or_else(|| Error::Inconsistent {
-            doing,
-            what: format!("body_{bucket} has no body of message {id}"),
-        })?;
-    let columns = Columns::new(&row, doing);
-    let headers: String = columns.get("headers")?;
-    Ok(Body {
-        content_type: columns.get("content_type")?,
-        headers: serde_json::from_str(&headers)
-            .map_err(|_| columns.wrong("headers", "is not a list of pairs"))?,
-        payload: row.try_get("payload").map_err(error(doing))?,
-    })
+    let mut bodies = read(db, bucket, &[id], usize::MAX, 1, doing).await?;
+    bodies.pop().ok_or_else(|| missing(bucket, id, doing))
+}
+
+fn missing(bucket: i64, id: MessageId, doing: &'static str) -> Error {
+    Error::Inconsistent {
+        doing,
+        what: format!("body_{bucket} has no body of message {id}"),
+    }
 }
 
 /// Sees to it that the current bucket and two ahead of it exist.

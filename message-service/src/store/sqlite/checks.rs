@@ -6,7 +6,9 @@ use std::time::Duration;
 use rand::Rng as _;
 use uuid::Uuid;
 
-use super::messages::{event, moves, stored};
+use super::decisions::moves;
+use super::lists;
+use super::messages::{event, stored};
 use super::rows::{Columns, error};
 use super::writer::{Kind, Tx};
 use crate::message::policy::Chance;
@@ -45,7 +47,7 @@ pub(super) async fn claim(
     let mut claims = Vec::with_capacity(rows.len());
     for row in &rows {
         let columns = Columns::new(row, doing);
-        let claim = CheckClaim {
+        claims.push(CheckClaim {
             id: columns.id("id")?,
             token,
             topic: columns.get("topic")?,
@@ -53,19 +55,22 @@ pub(super) async fn claim(
             fence: columns.uuid("fence")?,
             prepared_at: columns.time("prepared_at")?,
             checks: columns.count("checks")?,
-        };
-        sqlx::query(
-            "-- lease a check
-             UPDATE message SET check_at = ?, check_token = ? WHERE id = ?",
-        )
-        .bind(tx.now.after(*lease).as_micros())
-        .bind(&token.as_bytes()[..])
-        .bind(&claim.id.as_bytes()[..])
-        .execute(&mut tx.db)
-        .await
-        .map_err(error(doing))?;
-        claims.push(claim);
+        });
     }
+    if claims.is_empty() {
+        return Ok(claims);
+    }
+    sqlx::query(
+        "-- lease checks
+         UPDATE message SET check_at = ?2, check_token = ?3
+          WHERE id IN (SELECT unhex(value) FROM json_each(?1))",
+    )
+    .bind(lists::ids(claims.iter().map(|claim| claim.id)))
+    .bind(tx.now.after(*lease).as_micros())
+    .bind(&token.as_bytes()[..])
+    .execute(&mut tx.db)
+    .await
+    .map_err(error(doing))?;
     Ok(claims)
 }
 
@@ -130,18 +135,19 @@ async fn verdict(
     if !holds(tx, claim).await? {
         return Ok(false);
     }
-    let Some(stored) = stored(&mut tx.db, claim.id, doing).await? else {
+    let Some(stored) = stored(tx, [claim.id], doing).await?.remove(&claim.id) else {
         return Ok(false);
     };
     match stored.state.apply(decided) {
         Ok(Effect::Moves(next)) => {
             count(tx, claim).await?;
-            moves(tx, claim.id, &stored, next, DecidedBy::Check, doing, topics).await?;
+            let moved = vec![(claim.id, stored, next)];
+            moves(tx, moved, DecidedBy::Check, doing, topics).await?;
             let verdict = match decided {
                 MessageEvent::Confirm | MessageEvent::Publish => "COMMITTED",
                 MessageEvent::Cancel | MessageEvent::Prepare => "ROLLED_BACK",
             };
-            event(tx, claim.id, None, "check", verdict, doing).await?;
+            event(tx, claim.id, "check", verdict, doing).await?;
             Ok(true)
         }
         Ok(Effect::AlreadySo) | Err(_) => Ok(false),
@@ -179,10 +185,10 @@ async fn undecided(
     } else {
         "UNKNOWN"
     };
-    event(tx, claim.id, None, "check", answer, doing).await?;
+    event(tx, claim.id, "check", answer, doing).await?;
     if checks == CheckPolicy::UNRESOLVED_AFTER_CHECKS {
         let detail = format!("{checks} answered checks brought no verdict");
-        event(tx, claim.id, None, "unresolved", &detail, doing).await?;
+        event(tx, claim.id, "unresolved", &detail, doing).await?;
     }
     Ok(true)
 }

@@ -1,20 +1,24 @@
-//! Deliveries: claims, SENT, returns, answers, and what the recovery pass decides.
+//! Deliveries: claims, SENT, returns, answers, and what the recovery pass decides. What becomes of
+//! a delivery is written in [`super::outcomes`].
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use sqlx::sqlite::SqliteConnection;
+use uuid::Uuid;
 
-use super::bodies;
-use super::checks::{chance, token};
-use super::messages::event;
+use super::bodies::{self, Body};
+use super::checks::token;
+use super::lists;
+use super::outcomes::happen;
 use super::rows::{Columns, error};
 use super::topology;
 use super::writer::{Kind, Tx};
 use crate::message::delivery::{DeliveryEvent, Outcome};
-use crate::message::{Answer, Delivery, DeliveryPolicy, DeliveryState, MessageId, Timestamp};
+use crate::message::{Answer, MessageId, Timestamp};
 use crate::store::{
     AnswerOutcome, Claimed, DeliveryClaim, Error, FRESH_FOR, Lane, Overdue, OverdueDecision,
-    Returned, Sent, Unsent, timeline,
+    Returned, Sent, Unsent,
 };
 
 pub(super) async fn claim(
@@ -38,35 +42,37 @@ pub(super) async fn claim(
         .fetch_all(&mut tx.db)
         .await
         .map_err(error(doing))?;
-    let token = token(tx);
-    let mut claimed = Claimed::default();
-    let mut bytes = 0;
+    let mut due = Vec::with_capacity(rows.len());
     for row in &rows {
         let columns = Columns::new(row, doing);
-        let id = columns.id("message_id")?;
-        let body = bodies::get(&mut tx.db, columns.get("bucket")?, id, doing).await?;
-        bytes += body.bytes();
-        if bytes > max_bytes && !claimed.deliveries.is_empty() {
-            break;
-        }
+        due.push((columns.id("message_id")?, columns.get("bucket")?));
+    }
+    let bodies = bodies_within(tx, &due, max_bytes, doing).await?;
+    due.truncate(bodies.len());
+    let token = token(tx);
+    if !due.is_empty() {
         sqlx::query(
-            "-- lease a delivery
-             UPDATE delivery
-                SET due_at = ?, token = ?, generation = generation + 1, sent_at = ?,
-                    first_sent_at = coalesce(first_sent_at, ?)
-              WHERE message_id = ? AND subscription = ?",
+            "-- lease deliveries
+             UPDATE delivery INDEXED BY sqlite_autoindex_delivery_1
+                SET due_at = ?3, token = ?4, generation = generation + 1, sent_at = ?5,
+                    first_sent_at = coalesce(first_sent_at, ?5)
+              WHERE message_id IN (SELECT unhex(value) FROM json_each(?1))
+                AND subscription = ?2",
         )
+        .bind(lists::ids(due.iter().map(|(id, _)| *id)))
+        .bind(subscription)
         .bind(tx.now.after(*lease).as_micros())
         .bind(&token.as_bytes()[..])
         .bind(tx.now.as_micros())
-        .bind(tx.now.as_micros())
-        .bind(&id.as_bytes()[..])
-        .bind(subscription)
         .execute(&mut tx.db)
         .await
         .map_err(error(doing))?;
+    }
+    let mut claimed = Claimed::default();
+    for (row, body) in rows.iter().zip(bodies) {
+        let columns = Columns::new(row, doing);
         claimed.deliveries.push(DeliveryClaim {
-            id,
+            id: columns.id("message_id")?,
             generation: columns.count("generation")? + 1,
             token,
             producer: columns.get("producer")?,
@@ -99,30 +105,50 @@ const CLAIM_ALONE: &str = "-- claim a delivery to be sent alone
        AND d.confirmed_at > ?
      ORDER BY d.due_at LIMIT ?";
 
+/// The bodies of the first of these messages with their buckets, as many as there are within so
+/// many bytes, but at least one.
+async fn bodies_within(
+    tx: &mut Tx,
+    due: &[(MessageId, i64)],
+    max_bytes: usize,
+    doing: &'static str,
+) -> Result<Vec<Body>, Error> {
+    let mut found = Vec::with_capacity(due.len());
+    let mut left = max_bytes;
+    for same in due.chunk_by(|(_, one), (_, other)| one == other) {
+        let ids: Vec<_> = same.iter().map(|(id, _)| *id).collect();
+        let at_least = usize::from(found.is_empty());
+        let bodies = bodies::read(&mut tx.db, same[0].1, &ids, left, at_least, doing).await?;
+        let all = bodies.len() == same.len();
+        left = left.saturating_sub(bodies.iter().map(Body::bytes).sum());
+        found.extend(bodies);
+        if !all {
+            break;
+        }
+    }
+    Ok(found)
+}
+
 /// Whether something that goes alone is due, and how long until anything is.
 async fn next_due(
     tx: &mut Tx,
     subscription: &str,
     doing: &'static str,
 ) -> Result<(bool, Option<Duration>), Error> {
-    let normal: Option<i64> = sqlx::query_scalar(
+    let row = sqlx::query(
         "-- next due
-         SELECT min(due_at) FROM delivery
-          WHERE subscription = ? AND state = 'PENDING' AND stream_ends = 0",
+         SELECT (SELECT min(due_at) FROM delivery
+                  WHERE subscription = ?1 AND state = 'PENDING' AND stream_ends = 0) AS normal,
+                (SELECT min(due_at) FROM delivery
+                  WHERE subscription = ?1 AND state = 'PENDING' AND stream_ends > 0) AS alone",
     )
     .bind(subscription)
     .fetch_one(&mut tx.db)
     .await
     .map_err(error(doing))?;
-    let alone: Option<i64> = sqlx::query_scalar(
-        "-- next due to go alone
-         SELECT min(due_at) FROM delivery
-          WHERE subscription = ? AND state = 'PENDING' AND stream_ends > 0",
-    )
-    .bind(subscription)
-    .fetch_one(&mut tx.db)
-    .await
-    .map_err(error(doing))?;
+    let columns = Columns::new(&row, doing);
+    let (normal, alone): (Option<i64>, Option<i64>) =
+        (columns.get("normal")?, columns.get("alone")?);
     let now = tx.now;
     let waits = |due: Option<i64>| due.map(|due| Timestamp::from_micros(due).since(now));
     let next = [waits(normal), waits(alone)].into_iter().flatten().min();
@@ -137,8 +163,11 @@ pub(super) async fn mark_sent(
     leased(
         tx,
         "-- mark sent
-         UPDATE delivery SET state = 'SENT', due_at = ?, token = NULL
-          WHERE message_id = ? AND subscription = ? AND state = 'PENDING' AND token = ?",
+         UPDATE delivery INDEXED BY sqlite_autoindex_delivery_1
+            SET state = 'SENT', due_at = ?3, token = NULL
+           FROM json_each(?1) AS sent
+          WHERE message_id = unhex(sent.value ->> 0) AND subscription = ?2
+            AND state = 'PENDING' AND token = unhex(sent.value ->> 1)",
         look_at,
         subscription,
         sent,
@@ -153,9 +182,11 @@ pub(super) async fn renew(
     let until = tx.now.after(*lease);
     leased(
         tx,
-        "-- renew a lease
-         UPDATE delivery SET due_at = ?
-          WHERE message_id = ? AND subscription = ? AND state = 'PENDING' AND token = ?",
+        "-- renew leases
+         UPDATE delivery INDEXED BY sqlite_autoindex_delivery_1 SET due_at = ?3
+           FROM json_each(?1) AS sent
+          WHERE message_id = unhex(sent.value ->> 0) AND subscription = ?2
+            AND state = 'PENDING' AND token = unhex(sent.value ->> 1)",
         until,
         subscription,
         sent,
@@ -170,19 +201,24 @@ async fn leased(
     subscription: &str,
     sent: &[Sent],
 ) -> Result<usize, Error> {
-    let mut changed = 0;
-    for Sent { id, token } in sent {
-        let done = sqlx::query(sql)
-            .bind(due_at.as_micros())
-            .bind(&id.as_bytes()[..])
-            .bind(subscription)
-            .bind(&token.as_bytes()[..])
-            .execute(&mut tx.db)
-            .await
-            .map_err(error(Kind::Sent.doing()))?;
-        changed += usize::from(done.rows_affected() == 1);
-    }
-    Ok(changed)
+    let doing = Kind::Sent.doing();
+    let leases: Vec<_> = sent
+        .iter()
+        .map(|sent| {
+            [
+                lists::hex(sent.id.as_bytes()),
+                lists::hex(sent.token.as_bytes()),
+            ]
+        })
+        .collect();
+    let done = sqlx::query(sql)
+        .bind(lists::rows(&leases).map_err(error(doing))?)
+        .bind(subscription)
+        .bind(due_at.as_micros())
+        .execute(&mut tx.db)
+        .await
+        .map_err(error(doing))?;
+    Ok(usize::try_from(done.rows_affected()).unwrap_or(usize::MAX))
 }
 
 pub(super) async fn return_unsent(
@@ -192,28 +228,46 @@ pub(super) async fn return_unsent(
     let doing = Kind::Return.doing();
     let policy = topology::policy(&mut tx.db, subscription, doing).await?;
     let mut changed = 0;
-    for Unsent { id, token, why } in unsent {
-        let leased: Option<i64> = sqlx::query_scalar(
-            "-- does the lease hold
-             SELECT 1 FROM delivery
-              WHERE message_id = ? AND subscription = ? AND state = 'PENDING' AND token = ?",
-        )
-        .bind(&id.as_bytes()[..])
-        .bind(subscription)
-        .bind(&token.as_bytes()[..])
-        .fetch_optional(&mut tx.db)
-        .await
-        .map_err(error(doing))?;
-        if leased.is_none() {
-            continue;
-        }
-        let outcome = happens(tx, *id, subscription, &why.event(), &policy, doing).await?;
-        changed += usize::from(matches!(
-            outcome,
-            Some(Outcome::Again { .. } | Outcome::Dead { .. })
-        ));
+    for part in lists::parts(unsent, |unsent| [unsent.id]) {
+        let tokens = tokens(tx, subscription, part.iter().map(|unsent| unsent.id)).await?;
+        let events: Vec<_> = part
+            .iter()
+            .filter(|unsent| tokens.get(&unsent.id) == Some(&unsent.token))
+            .map(|unsent| (unsent.id, unsent.why.event()))
+            .collect();
+        let outcomes = happen(tx, subscription, &events, &policy, doing).await?;
+        changed += outcomes.iter().filter(|outcome| is_back(outcome)).count();
     }
     Ok(changed)
+}
+
+/// The leases of deliveries that are PENDING.
+async fn tokens(
+    tx: &mut Tx,
+    subscription: &str,
+    ids: impl IntoIterator<Item = MessageId>,
+) -> Result<HashMap<MessageId, Uuid>, Error> {
+    let doing = Kind::Return.doing();
+    let rows = sqlx::query(
+        "-- who holds the leases
+         SELECT d.message_id, d.token
+           FROM json_each(?1) CROSS JOIN delivery d INDEXED BY sqlite_autoindex_delivery_1
+                  ON d.message_id = unhex(value) AND d.subscription = ?2
+          WHERE d.state = 'PENDING' AND d.token IS NOT NULL",
+    )
+    .bind(lists::ids(ids))
+    .bind(subscription)
+    .fetch_all(&mut tx.db)
+    .await
+    .map_err(error(doing))?;
+    let mut tokens = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let columns = Columns::new(row, doing);
+        if let Some(token) = columns.uuid("token")? {
+            tokens.insert(columns.id("message_id")?, token);
+        }
+    }
+    Ok(tokens)
 }
 
 pub(super) async fn take_back(
@@ -222,19 +276,18 @@ pub(super) async fn take_back(
 ) -> Result<usize, Error> {
     let doing = Kind::Return.doing();
     let policy = topology::policy(&mut tx.db, subscription, doing).await?;
-    let mut changed = 0;
-    for Returned { id, generation } in returned {
-        let happened = DeliveryEvent::StreamEnded {
-            generation: *generation,
-            counts: *counts,
-        };
-        let outcome = happens(tx, *id, subscription, &happened, &policy, doing).await?;
-        changed += usize::from(matches!(
-            outcome,
-            Some(Outcome::Again { .. } | Outcome::Dead { .. })
-        ));
-    }
-    Ok(changed)
+    let ended = |returned: &Returned| DeliveryEvent::StreamEnded {
+        generation: returned.generation,
+        counts: *counts,
+    };
+    let events: Vec<_> = returned.iter().map(|one| (one.id, ended(one))).collect();
+    let outcomes = happen(tx, subscription, &events, &policy, doing).await?;
+    Ok(outcomes.iter().filter(|outcome| is_back(outcome)).count())
+}
+
+/// Whether the delivery is no longer on its way.
+fn is_back(outcome: &Option<Outcome>) -> bool {
+    matches!(outcome, Some(Outcome::Again { .. } | Outcome::Dead { .. }))
 }
 
 pub(super) async fn acknowledge(
@@ -243,23 +296,26 @@ pub(super) async fn acknowledge(
 ) -> Result<Vec<AnswerOutcome>, Error> {
     let doing = Kind::Acknowledge.doing();
     let policy = topology::policy(&mut tx.db, subscription, doing).await?;
-    let mut outcomes = Vec::with_capacity(answers.len());
-    for answer in answers {
-        let happened = DeliveryEvent::Answer(answer.generation, &answer.kind);
-        let outcome = happens(tx, answer.id, subscription, &happened, &policy, doing).await?;
-        outcomes.push(match outcome {
-            None => AnswerOutcome::NoSuchDelivery,
-            Some(Outcome::Stale) => AnswerOutcome::Stale,
-            Some(
-                Outcome::Again { .. }
-                | Outcome::Consumed
-                | Outcome::Dead { .. }
-                | Outcome::Skipped
-                | Outcome::AlreadySo,
-            ) => AnswerOutcome::Recorded,
-        });
-    }
-    Ok(outcomes)
+    let events: Vec<_> = answers
+        .iter()
+        .map(|answer| {
+            let happened = DeliveryEvent::Answer(answer.generation, &answer.kind);
+            (answer.id, happened)
+        })
+        .collect();
+    let outcomes = happen(tx, subscription, &events, &policy, doing).await?;
+    let outcomes = outcomes.into_iter().map(|outcome| match outcome {
+        None => AnswerOutcome::NoSuchDelivery,
+        Some(Outcome::Stale) => AnswerOutcome::Stale,
+        Some(
+            Outcome::Again { .. }
+            | Outcome::Consumed
+            | Outcome::Dead { .. }
+            | Outcome::Skipped
+            | Outcome::AlreadySo,
+        ) => AnswerOutcome::Recorded,
+    });
+    Ok(outcomes.collect())
 }
 
 pub(super) async fn overdue(
@@ -300,14 +356,11 @@ pub(super) async fn settle_overdue(
 ) -> Result<usize, Error> {
     let doing = Kind::Recover.doing();
     let policy = topology::policy(&mut tx.db, subscription, doing).await?;
-    let mut changed = 0;
+    let (mut lost, mut changed) = (Vec::new(), 0);
     for (overdue, decision) in decisions {
-        changed += usize::from(match decision {
+        match decision {
             OverdueDecision::PassedBy => {
-                let happened = DeliveryEvent::PassedBy(overdue.generation);
-                let outcome =
-                    happens(tx, overdue.id, subscription, &happened, &policy, doing).await?;
-                matches!(outcome, Some(Outcome::Again { .. } | Outcome::Dead { .. }))
+                lost.push((overdue.id, DeliveryEvent::PassedBy(overdue.generation)));
             }
             OverdueDecision::Wait(wait) => {
                 let done = sqlx::query(
@@ -324,11 +377,12 @@ pub(super) async fn settle_overdue(
                 .execute(&mut tx.db)
                 .await
                 .map_err(error(doing))?;
-                done.rows_affected() == 1
+                changed += usize::from(done.rows_affected() == 1);
             }
-        });
+        }
     }
-    Ok(changed)
+    let outcomes = happen(tx, subscription, &lost, &policy, doing).await?;
+    Ok(changed + outcomes.iter().filter(|outcome| is_back(outcome)).count())
 }
 
 pub(super) async fn expire(
@@ -352,138 +406,11 @@ pub(super) async fn expire(
     .fetch_all(&mut tx.db)
     .await
     .map_err(error(doing))?;
+    let mut events = Vec::with_capacity(rows.len());
     for row in &rows {
         let id = Columns::new(row, doing).id("message_id")?;
-        happens(tx, id, subscription, &DeliveryEvent::TooOld, &policy, doing).await?;
+        events.push((id, DeliveryEvent::TooOld));
     }
+    happen(tx, subscription, &events, &policy, doing).await?;
     Ok(rows.len())
-}
-
-/// Lets an event happen to a delivery and writes what becomes of it. `None` if there is no such
-/// delivery. A delivery in a state that this version does not know is left alone.
-pub(super) async fn happens(
-    tx: &mut Tx,
-    id: MessageId,
-    subscription: &str,
-    happened: &DeliveryEvent<'_>,
-    policy: &DeliveryPolicy,
-    doing: &'static str,
-) -> Result<Option<Outcome>, Error> {
-    let row = sqlx::query(
-        "-- read a delivery
-         SELECT state, attempts, generation, answered_generation, laters, stream_ends,
-                confirmed_at, sent_at
-           FROM delivery WHERE message_id = ? AND subscription = ?",
-    )
-    .bind(&id.as_bytes()[..])
-    .bind(subscription)
-    .fetch_optional(&mut tx.db)
-    .await
-    .map_err(error(doing))?;
-    let Some(row) = row else {
-        return Ok(None);
-    };
-    let columns = Columns::new(&row, doing);
-    let Some(state) = DeliveryState::from_word(columns.get("state")?) else {
-        return Ok(Some(Outcome::Stale));
-    };
-    let delivery = Delivery {
-        state,
-        attempts: columns.count("attempts")?,
-        generation: columns.count("generation")?,
-        answered_generation: columns.count("answered_generation")?,
-        laters: columns.count("laters")?,
-        stream_ends: columns.count("stream_ends")?,
-        confirmed_at: columns.time("confirmed_at")?,
-        sent_at: columns.maybe_time("sent_at")?,
-    };
-    let chance = chance(tx);
-    let outcome = delivery.apply(happened, policy, tx.now, chance);
-    write_outcome(tx, id, subscription, happened, &outcome, doing).await?;
-    Ok(Some(outcome))
-}
-
-async fn write_outcome(
-    tx: &mut Tx,
-    id: MessageId,
-    subscription: &str,
-    happened: &DeliveryEvent<'_>,
-    outcome: &Outcome,
-    doing: &'static str,
-) -> Result<(), Error> {
-    match outcome {
-        Outcome::AlreadySo | Outcome::Stale => return Ok(()),
-        Outcome::Again {
-            due_at,
-            attempts,
-            laters,
-            stream_ends,
-            error: reason,
-        } => {
-            sqlx::query(
-                "-- again
-                 UPDATE delivery
-                    SET state = 'PENDING', due_at = ?, token = NULL, attempts = ?, laters = ?,
-                        stream_ends = ?, answered_generation = generation,
-                        last_error = coalesce(?, last_error)
-                  WHERE message_id = ? AND subscription = ?",
-            )
-            .bind(due_at.as_micros())
-            .bind(attempts)
-            .bind(laters)
-            .bind(stream_ends)
-            .bind(reason)
-            .bind(&id.as_bytes()[..])
-            .bind(subscription)
-            .execute(&mut tx.db)
-            .await
-            .map_err(error(doing))?;
-        }
-        Outcome::Consumed => ends(tx, id, subscription, DeliveryState::Consumed, doing).await?,
-        Outcome::Skipped => ends(tx, id, subscription, DeliveryState::Skipped, doing).await?,
-        Outcome::Dead {
-            attempts,
-            error: reason,
-        } => {
-            ends(tx, id, subscription, DeliveryState::Dead, doing).await?;
-            sqlx::query(
-                "-- why it is dead
-                 UPDATE delivery SET attempts = ?, last_error = ?
-                  WHERE message_id = ? AND subscription = ?",
-            )
-            .bind(attempts)
-            .bind(reason)
-            .bind(&id.as_bytes()[..])
-            .bind(subscription)
-            .execute(&mut tx.db)
-            .await
-            .map_err(error(doing))?;
-        }
-    }
-    for (kind, detail) in timeline::lines(happened, outcome) {
-        event(tx, id, Some(subscription), kind, &detail, doing).await?;
-    }
-    Ok(())
-}
-
-async fn ends(
-    tx: &mut Tx,
-    id: MessageId,
-    subscription: &str,
-    state: DeliveryState,
-    doing: &'static str,
-) -> Result<(), Error> {
-    sqlx::query(
-        "-- end a delivery
-         UPDATE delivery SET state = ?, due_at = NULL, token = NULL, answered_at = ?
-          WHERE message_id = ? AND subscription = ?",
-    )
-    .bind(state.as_str())
-    .bind(tx.now.as_micros())
-    .bind(&id.as_bytes()[..])
-    .bind(subscription)
-    .execute(&mut tx.db)
-    .await
-    .map_err(error(doing))?;
-    Ok(())
 }

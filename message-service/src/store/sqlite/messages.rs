@@ -1,15 +1,15 @@
-//! The producer's verbs: prepare, publish, confirm, cancel.
+//! Messages on their way in: prepare and publish. Deciding about them is in [`super::decisions`].
 
-use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::time::Duration;
 
-use sqlx::sqlite::SqliteConnection;
-
 use super::bodies;
+use super::decisions::{confirmed, conflict, moves};
+use super::lists;
 use super::rows::{Columns, error};
 use super::writer::{Kind, Tx};
 use crate::message::{Effect, MessageEvent, MessageId, MessageState, NewMessage, Timestamp};
-use crate::store::{DecidedBy, Decision, Error, ItemResult, Refusal, Written};
+use crate::store::{DecidedBy, Error, Refusal, Written};
 
 /// What a verb needs to know of a stored message.
 pub(super) struct Stored {
@@ -17,37 +17,15 @@ pub(super) struct Stored {
     pub(super) topic: String,
     pub(super) state: MessageState,
     pub(super) content_hash: Vec<u8>,
-    pub(super) deliver_after: Option<Timestamp>,
 }
 
 pub(super) async fn prepare(
     tx: &mut Tx,
     (messages, check_after): &(Vec<NewMessage>, Duration),
 ) -> Result<Written, Error> {
+    let check_at = tx.now.after(*check_after);
     let doing = Kind::Prepare.doing();
-    let bucket = bodies::current(&mut tx.db, tx.now)
-        .await
-        .map_err(error(doing))?;
-    let mut written = Written::default();
-    for message in messages {
-        let item = match handed_over(tx, message, MessageEvent::Prepare, doing).await? {
-            HandedOver::New => {
-                let check_at = tx.now.after(*check_after);
-                insert(tx, message, bucket, Some(check_at), doing).await?;
-                Ok(MessageState::Prepared)
-            }
-            HandedOver::Again(stored) => Ok(stored.state),
-            HandedOver::Move(..) => {
-                return Err(Error::Inconsistent {
-                    doing,
-                    what: format!("a prepare would move message {}", message.id),
-                });
-            }
-            HandedOver::Refused(refusal) => Err(refusal),
-        };
-        written.items.push(item);
-    }
-    Ok(written)
+    hand_over(tx, messages, MessageEvent::Prepare, Some(check_at), doing).await
 }
 
 pub(super) async fn publish(
@@ -55,178 +33,101 @@ pub(super) async fn publish(
     (messages,): &(Vec<NewMessage>,),
 ) -> Result<Written, Error> {
     let doing = Kind::Publish.doing();
+    hand_over(tx, messages, MessageEvent::Publish, None, doing).await
+}
+
+/// Stores messages: PREPARED if they are to be checked, else CONFIRMED.
+async fn hand_over(
+    tx: &mut Tx,
+    messages: &[NewMessage],
+    event: MessageEvent,
+    check_at: Option<Timestamp>,
+    doing: &'static str,
+) -> Result<Written, Error> {
     let bucket = bodies::current(&mut tx.db, tx.now)
         .await
         .map_err(error(doing))?;
     let mut written = Written::default();
-    for message in messages {
-        let item = match handed_over(tx, message, MessageEvent::Publish, doing).await? {
-            HandedOver::New => {
-                insert(tx, message, bucket, None, doing).await?;
-                confirmed(tx, message.id, &message.topic, message.deliver_after, doing).await?;
-                written.topics.insert(message.topic.clone());
-                Ok(MessageState::Confirmed)
-            }
-            HandedOver::Again(stored) => Ok(stored.state),
-            HandedOver::Move(stored, next) => {
-                moves(
-                    tx,
-                    message.id,
-                    &stored,
-                    next,
-                    DecidedBy::Producer,
-                    doing,
-                    &mut written.topics,
-                )
-                .await?;
-                Ok(next)
-            }
-            HandedOver::Refused(refusal) => Err(refusal),
-        };
-        written.items.push(item);
+    for part in lists::parts(messages, names) {
+        let mut stored = stored(tx, part.iter().map(|message| message.id), doing).await?;
+        let holders = holders(tx, part, doing).await?;
+        let (mut new, mut moved) = (Vec::new(), Vec::new());
+        for message in part {
+            let stored = stored.remove(&message.id);
+            let holder = key(message).and_then(|key| holders.get(&key.map(str::to_owned)));
+            let item = match handed_over(tx, message, stored, holder.copied(), event, doing).await?
+            {
+                HandedOver::New => {
+                    new.push(message);
+                    Ok(match check_at {
+                        Some(_) => MessageState::Prepared,
+                        None => MessageState::Confirmed,
+                    })
+                }
+                HandedOver::Again(state) => Ok(state),
+                HandedOver::Moves(_, _) if event == MessageEvent::Prepare => {
+                    return Err(Error::Inconsistent {
+                        doing,
+                        what: format!("a prepare would move message {}", message.id),
+                    });
+                }
+                HandedOver::Moves(stored, next) => {
+                    moved.push((message.id, stored, next));
+                    Ok(next)
+                }
+                HandedOver::Refused(refusal) => Err(refusal),
+            };
+            written.items.push(item);
+        }
+        insert(tx, &new, bucket, check_at, doing).await?;
+        if check_at.is_none() && !new.is_empty() {
+            confirmed(tx, &lists::ids(new.iter().map(|message| message.id)), doing).await?;
+            let topics = new.iter().map(|message| message.topic.clone());
+            written.topics.extend(topics);
+        }
+        moves(tx, moved, DecidedBy::Producer, doing, &mut written.topics).await?;
     }
     Ok(written)
 }
 
-pub(super) async fn decide(
-    tx: &mut Tx,
-    (producer, decisions): &(String, Vec<Decision>),
-) -> Result<Written, Error> {
-    let doing = Kind::Decide.doing();
-    let mut written = Written::default();
-    for decision in decisions {
-        let item = decide_one(tx, producer, *decision, doing, &mut written.topics).await?;
-        written.items.push(item);
-    }
-    Ok(written)
+/// A key belongs to producer and topic.
+type Key<T> = [T; 3];
+
+fn key(message: &NewMessage) -> Option<Key<&str>> {
+    let key = message.key.as_deref()?;
+    Some([&message.producer, &message.topic, key])
 }
 
-async fn decide_one(
-    tx: &mut Tx,
-    producer: &str,
-    Decision { id, event }: Decision,
-    doing: &'static str,
-    topics: &mut BTreeSet<String>,
-) -> Result<ItemResult, Error> {
-    let stored = stored(&mut tx.db, id, doing).await?;
-    let Some(stored) = stored.filter(|stored| stored.producer == producer) else {
-        return Ok(Err(Refusal::NoSuchMessage(id)));
-    };
-    match stored.state.apply(event) {
-        Ok(Effect::AlreadySo) => Ok(Ok(stored.state)),
-        Ok(Effect::Moves(next)) => {
-            moves(tx, id, &stored, next, DecidedBy::Producer, doing, topics).await?;
-            Ok(Ok(next))
-        }
-        Err(wrong) => {
-            if wrong.is_conflict() {
-                conflict(tx, id, &wrong.to_string(), doing).await?;
-            }
-            Ok(Err(Refusal::WrongState { id, wrong }))
-        }
-    }
+/// What a message must not share with another one for both to be looked up at the same time.
+#[derive(PartialEq, Eq, Hash)]
+enum Name<'m> {
+    Id(MessageId),
+    Key(Key<&'m str>),
 }
 
-/// Writes a decision: the message's new state and, for CONFIRMED, its deliveries.
-pub(super) async fn moves(
-    tx: &mut Tx,
-    id: MessageId,
-    stored: &Stored,
-    next: MessageState,
-    by: DecidedBy,
-    doing: &'static str,
-    topics: &mut BTreeSet<String>,
-) -> Result<(), Error> {
-    sqlx::query(
-        "-- decide
-         UPDATE message
-            SET state = ?, decided_at = ?, decided_by = ?, check_at = NULL, check_token = NULL,
-                unresolved = 0
-          WHERE id = ? AND state = 'PREPARED'",
-    )
-    .bind(next.as_str())
-    .bind(tx.now.as_micros())
-    .bind(by.as_str())
-    .bind(&id.as_bytes()[..])
-    .execute(&mut tx.db)
-    .await
-    .map_err(error(doing))?;
-    if next == MessageState::Confirmed {
-        confirmed(tx, id, &stored.topic, stored.deliver_after, doing).await?;
-        topics.insert(stored.topic.clone());
-    }
-    Ok(())
-}
-
-/// Creates the deliveries of a message that is CONFIRMED now, by joining the subscriptions that
-/// are active at this moment.
-async fn confirmed(
-    tx: &mut Tx,
-    id: MessageId,
-    topic: &str,
-    deliver_after: Option<Timestamp>,
-    doing: &'static str,
-) -> Result<(), Error> {
-    let due_at = deliver_after.unwrap_or(tx.now).max(tx.now);
-    let created = sqlx::query(
-        "-- create deliveries
-         INSERT INTO delivery (message_id, subscription, state, due_at, confirmed_at)
-         SELECT ?, name, 'PENDING', ?, ? FROM subscription WHERE topic = ? AND active = 1",
-    )
-    .bind(&id.as_bytes()[..])
-    .bind(due_at.as_micros())
-    .bind(tx.now.as_micros())
-    .bind(topic)
-    .execute(&mut tx.db)
-    .await
-    .map_err(error(doing))?;
-    if created.rows_affected() == 0 {
-        sqlx::query("-- mark unsubscribed\nUPDATE message SET unsubscribed = 1 WHERE id = ?")
-            .bind(&id.as_bytes()[..])
-            .execute(&mut tx.db)
-            .await
-            .map_err(error(doing))?;
-    }
-    Ok(())
-}
-
-/// Marks a message whose decision was contradicted. The first contradiction is kept.
-async fn conflict(
-    tx: &mut Tx,
-    id: MessageId,
-    detail: &str,
-    doing: &'static str,
-) -> Result<(), Error> {
-    let marked = sqlx::query(
-        "-- mark conflict\nUPDATE message SET conflict = 1 WHERE id = ? AND conflict = 0",
-    )
-    .bind(&id.as_bytes()[..])
-    .execute(&mut tx.db)
-    .await
-    .map_err(error(doing))?;
-    if marked.rows_affected() == 1 {
-        event(tx, id, None, "conflict", detail, doing).await?;
-        tracing::error!(message.id = %id, detail, "a final decision was contradicted");
-    }
-    Ok(())
+fn names(message: &NewMessage) -> impl Iterator<Item = Name<'_>> {
+    let key = key(message).map(Name::Key);
+    std::iter::once(Name::Id(message.id)).chain(key)
 }
 
 enum HandedOver {
     New,
-    Again(Stored),
-    Move(Stored, MessageState),
+    Again(MessageState),
+    Moves(Stored, MessageState),
     Refused(Refusal),
 }
 
-/// What handing this message over means, given what is stored under its id and its key.
+/// What handing this message over means, given what is stored under its id and who holds its key.
 async fn handed_over(
     tx: &mut Tx,
     message: &NewMessage,
+    stored: Option<Stored>,
+    holder: Option<(MessageId, MessageState)>,
     event: MessageEvent,
     doing: &'static str,
 ) -> Result<HandedOver, Error> {
     let id = message.id;
-    if let Some(stored) = stored(&mut tx.db, id, doing).await? {
+    if let Some(stored) = stored {
         if stored.producer != message.producer {
             return Ok(HandedOver::Refused(Refusal::IdTaken(id)));
         }
@@ -235,8 +136,8 @@ async fn handed_over(
             return Ok(HandedOver::Refused(Refusal::OtherContent { id, state }));
         }
         return Ok(match stored.state.apply(event) {
-            Ok(Effect::AlreadySo) => HandedOver::Again(stored),
-            Ok(Effect::Moves(next)) => HandedOver::Move(stored, next),
+            Ok(Effect::AlreadySo) => HandedOver::Again(stored.state),
+            Ok(Effect::Moves(next)) => HandedOver::Moves(stored, next),
             Err(wrong) => {
                 if wrong.is_conflict() {
                     conflict(tx, id, &wrong.to_string(), doing).await?;
@@ -245,10 +146,7 @@ async fn handed_over(
             }
         });
     }
-    let Some(key) = &message.key else {
-        return Ok(HandedOver::New);
-    };
-    let Some((holder, state)) = holder(tx, message, key, doing).await? else {
+    let Some((holder, state)) = holder else {
         return Ok(HandedOver::New);
     };
     if state == MessageState::Prepared {
@@ -268,56 +166,68 @@ async fn handed_over(
     Ok(HandedOver::Refused(Refusal::KeyHeld { holder, state }))
 }
 
-async fn holder(
+/// Who holds the keys of these messages.
+async fn holders(
     tx: &mut Tx,
-    message: &NewMessage,
-    key: &str,
+    messages: &[NewMessage],
     doing: &'static str,
-) -> Result<Option<(MessageId, MessageState)>, Error> {
-    let row = sqlx::query(
-        "-- who holds the key
-         SELECT id, state FROM message
-          WHERE producer = ? AND topic = ? AND key = ? AND key IS NOT NULL
-            AND state <> 'CANCELLED'",
+) -> Result<HashMap<Key<String>, (MessageId, MessageState)>, Error> {
+    let keys: Vec<_> = messages.iter().filter_map(key).collect();
+    if keys.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = sqlx::query(
+        "-- who holds the keys
+         SELECT m.id, m.producer, m.topic, m.key, m.state
+           FROM json_each(?1) k
+                CROSS JOIN message m ON m.producer = k.value ->> 0 AND m.topic = k.value ->> 1
+                                    AND m.key = k.value ->> 2 AND m.key IS NOT NULL
+                                    AND m.state <> 'CANCELLED'",
     )
-    .bind(&message.producer)
-    .bind(&message.topic)
-    .bind(key)
-    .fetch_optional(&mut tx.db)
+    .bind(lists::rows(&keys).map_err(error(doing))?)
+    .fetch_all(&mut tx.db)
     .await
     .map_err(error(doing))?;
-    row.map(|row| {
-        let columns = Columns::new(&row, doing);
-        Ok((columns.id("id")?, state(&columns)?))
-    })
-    .transpose()
+    rows.iter()
+        .map(|row| {
+            let columns = Columns::new(row, doing);
+            let key = [
+                columns.get("producer")?,
+                columns.get("topic")?,
+                columns.get("key")?,
+            ];
+            Ok((key, (columns.id("id")?, state(&columns)?)))
+        })
+        .collect()
 }
 
-/// Reads what is stored under an id, whoever's it is.
+/// Reads what is stored under these ids, whoever's it is.
 pub(super) async fn stored(
-    db: &mut SqliteConnection,
-    id: MessageId,
+    tx: &mut Tx,
+    ids: impl IntoIterator<Item = MessageId>,
     doing: &'static str,
-) -> Result<Option<Stored>, Error> {
-    let row = sqlx::query(
+) -> Result<HashMap<MessageId, Stored>, Error> {
+    let rows = sqlx::query(
         "-- what is stored
-         SELECT producer, topic, state, content_hash, deliver_after FROM message WHERE id = ?",
+         SELECT m.id, m.producer, m.topic, m.state, m.content_hash
+           FROM json_each(?1) CROSS JOIN message m ON m.id = unhex(value)",
     )
-    .bind(&id.as_bytes()[..])
-    .fetch_optional(db)
+    .bind(lists::ids(ids))
+    .fetch_all(&mut tx.db)
     .await
     .map_err(error(doing))?;
-    row.map(|row| {
-        let columns = Columns::new(&row, doing);
-        Ok(Stored {
-            producer: columns.get("producer")?,
-            topic: columns.get("topic")?,
-            state: state(&columns)?,
-            content_hash: columns.get("content_hash")?,
-            deliver_after: columns.maybe_time("deliver_after")?,
+    rows.iter()
+        .map(|row| {
+            let columns = Columns::new(row, doing);
+            let stored = Stored {
+                producer: columns.get("producer")?,
+                topic: columns.get("topic")?,
+                state: state(&columns)?,
+                content_hash: columns.get("content_hash")?,
+            };
+            Ok((columns.id("id")?, stored))
         })
-    })
-    .transpose()
+        .collect()
 }
 
 pub(super) fn state(columns: &Columns<'_>) -> Result<MessageState, Error> {
@@ -332,63 +242,73 @@ pub(super) fn state(columns: &Columns<'_>) -> Result<MessageState, Error> {
 
 async fn insert(
     tx: &mut Tx,
-    message: &NewMessage,
+    messages: &[&NewMessage],
     bucket: i64,
     check_at: Option<Timestamp>,
     doing: &'static str,
 ) -> Result<(), Error> {
-    let published = check_at.is_none();
-    let decided_at = published.then_some(tx.now.as_micros());
+    if messages.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<_> = messages
+        .iter()
+        .map(|message| {
+            (
+                lists::hex(message.id.as_bytes()),
+                &message.producer,
+                &message.topic,
+                &message.key,
+                lists::hex(message.content_hash().as_bytes()),
+                message.fence.map(|fence| lists::hex(fence.as_bytes())),
+                message.deliver_after.map(Timestamp::as_micros),
+            )
+        })
+        .collect();
+    let (state, decided_at, decided_by) = match check_at {
+        Some(_) => (MessageState::Prepared, None, None),
+        None => (
+            MessageState::Confirmed,
+            Some(tx.now.as_micros()),
+            Some(DecidedBy::Producer.as_str()),
+        ),
+    };
     sqlx::query(
-        "-- insert a message
+        "-- insert messages
          INSERT INTO message (id, producer, topic, key, state, content_hash, bucket, fence,
                               deliver_after, check_at, prepared_at, decided_at, decided_by)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+         WITH list AS MATERIALIZED (SELECT value AS m FROM json_each(?1))
+         SELECT unhex(m ->> 0), m ->> 1, m ->> 2, m ->> 3, ?2, unhex(m ->> 4), ?3,
+                unhex(m ->> 5), m ->> 6, ?4, ?5, ?6, ?7
+           FROM list",
     )
-    .bind(&message.id.as_bytes()[..])
-    .bind(&message.producer)
-    .bind(&message.topic)
-    .bind(&message.key)
-    .bind(
-        if published {
-            MessageState::Confirmed
-        } else {
-            MessageState::Prepared
-        }
-        .as_str(),
-    )
-    .bind(message.content_hash().as_bytes())
+    .bind(lists::rows(&list).map_err(error(doing))?)
+    .bind(state.as_str())
     .bind(bucket)
-    .bind(message.fence.as_ref().map(|fence| &fence.as_bytes()[..]))
-    .bind(message.deliver_after.map(Timestamp::as_micros))
     .bind(check_at.map(Timestamp::as_micros))
     .bind(tx.now.as_micros())
     .bind(decided_at)
-    .bind(published.then_some(DecidedBy::Producer.as_str()))
+    .bind(decided_by)
     .execute(&mut tx.db)
     .await
     .map_err(error(doing))?;
-    bodies::put(&mut tx.db, bucket, message)
+    bodies::put(&mut tx.db, bucket, messages)
         .await
         .map_err(error(doing))
 }
 
-/// Writes a line of the timeline that no column tells.
+/// Writes a line of a message's timeline that no column tells.
 pub(super) async fn event(
     tx: &mut Tx,
     id: MessageId,
-    subscription: Option<&str>,
     kind: &str,
     detail: &str,
     doing: &'static str,
 ) -> Result<(), Error> {
     sqlx::query(
         "-- insert an event
-         INSERT INTO message_event (message_id, subscription, at, kind, detail)
-         VALUES (?, ?, ?, ?, ?)",
+         INSERT INTO message_event (message_id, at, kind, detail) VALUES (?, ?, ?, ?)",
     )
     .bind(&id.as_bytes()[..])
-    .bind(subscription)
     .bind(tx.now.as_micros())
     .bind(kind)
     .bind(detail)

@@ -7,6 +7,7 @@
 use sqlx::{AssertSqlSafe, Row as _};
 
 use super::bodies;
+use super::lists;
 use super::rows::{Columns, error};
 use super::writer::{Kind, Tx};
 use crate::message::{MessageId, Timestamp};
@@ -43,17 +44,20 @@ pub(super) async fn slice(tx: &mut Tx, (cutoff,): &(Timestamp,)) -> Result<Retir
     .fetch_all(&mut tx.db)
     .await
     .map_err(error(doing))?;
+    let (mut finished, mut needed) = (Vec::new(), Vec::new());
     for row in &rows {
         let columns = Columns::new(row, doing);
         let id = columns.id("id")?;
         if columns.get("finished")? {
-            remove(tx, id, bucket).await?;
-            retired.messages += 1;
+            finished.push(id);
         } else {
-            carry(tx, id, bucket, current).await?;
-            retired.moved += 1;
+            needed.push(id);
         }
     }
+    retired.messages += finished.len() as u64;
+    retired.moved += needed.len() as u64;
+    remove(tx, finished, bucket).await?;
+    carry(tx, needed, bucket, current).await?;
     if rows.len() < SLICE_MESSAGES as usize {
         drop_bucket(tx, bucket).await?;
         retired.buckets = 1;
@@ -81,31 +85,33 @@ async fn oldest_due(tx: &mut Tx, cutoff: Timestamp, current: i64) -> Result<Opti
         .transpose()
 }
 
-async fn remove(tx: &mut Tx, id: MessageId, bucket: i64) -> Result<(), Error> {
-    let body = format!("-- remove a body\nDELETE FROM body_{bucket} WHERE message_id = ?");
+async fn remove(tx: &mut Tx, ids: Vec<MessageId>, bucket: i64) -> Result<(), Error> {
+    let ids = lists::ids(ids);
+    let bodies = format!("-- remove bodies\nDELETE FROM body_{bucket} WHERE message_id IN");
     for sql in [
-        "-- remove events\nDELETE FROM message_event WHERE message_id = ?",
-        "-- remove deliveries\nDELETE FROM delivery WHERE message_id = ?",
-        &body,
-        "-- remove a message\nDELETE FROM message WHERE id = ?",
+        "-- remove events\nDELETE FROM message_event WHERE message_id IN",
+        "-- remove deliveries\nDELETE FROM delivery WHERE message_id IN",
+        &bodies,
+        "-- remove messages\nDELETE FROM message WHERE id IN",
     ] {
-        run(tx, sql, id).await?;
+        run(tx, sql, &ids).await?;
     }
     Ok(())
 }
 
-/// Copies a body that is still needed to the bucket that takes new ones.
-async fn carry(tx: &mut Tx, id: MessageId, from: i64, to: i64) -> Result<(), Error> {
+/// Copies bodies that are still needed to the bucket that takes new ones.
+async fn carry(tx: &mut Tx, ids: Vec<MessageId>, from: i64, to: i64) -> Result<(), Error> {
+    let ids = lists::ids(ids);
     let copy = format!(
-        "-- carry a body
+        "-- carry bodies
          INSERT INTO body_{to} (message_id, content_type, headers, payload)
-         SELECT message_id, content_type, headers, payload FROM body_{from} WHERE message_id = ?"
+         SELECT message_id, content_type, headers, payload FROM body_{from} WHERE message_id IN"
     );
-    run(tx, &copy, id).await?;
-    let repoint = format!("-- point to the copy\nUPDATE message SET bucket = {to} WHERE id = ?");
-    run(tx, &repoint, id).await?;
-    let body = format!("-- remove a body\nDELETE FROM body_{from} WHERE message_id = ?");
-    run(tx, &body, id).await
+    run(tx, &copy, &ids).await?;
+    let repoint = format!("-- point to the copies\nUPDATE message SET bucket = {to} WHERE id IN");
+    run(tx, &repoint, &ids).await?;
+    let bodies = format!("-- remove bodies\nDELETE FROM body_{from} WHERE message_id IN");
+    run(tx, &bodies, &ids).await
 }
 
 async fn drop_bucket(tx: &mut Tx, bucket: i64) -> Result<(), Error> {
@@ -122,9 +128,11 @@ async fn drop_bucket(tx: &mut Tx, bucket: i64) -> Result<(), Error> {
     Ok(())
 }
 
-async fn run(tx: &mut Tx, sql: &str, id: MessageId) -> Result<(), Error> {
-    sqlx::query(AssertSqlSafe(sql.to_owned()))
-        .bind(&id.as_bytes()[..])
+/// Runs a statement that ends where the list of its messages belongs.
+async fn run(tx: &mut Tx, sql: &str, ids: &str) -> Result<(), Error> {
+    let sql = format!("{sql} (SELECT unhex(value) FROM json_each(?1))");
+    sqlx::query(AssertSqlSafe(sql))
+        .bind(ids)
         .execute(&mut tx.db)
         .await
         .map_err(error(Kind::Retire.doing()))?;
