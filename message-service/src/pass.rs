@@ -2,8 +2,8 @@
 //!
 //! A pass takes no input and may be repeated or left at any point without harm, so the same
 //! loop serves all of them: it runs on a signal and on a period, never twice at once, until it
-//! is stopped. The signal is only latency, and the period is the retry after an error. An error
-//! is logged when it appears and when it goes away, not in every round.
+//! is stopped. The signal is only latency; the period finds what nobody signalled, and is the retry
+//! after an error unless another one is given. An error is logged when it appears and when it goes away, not in every round.
 
 use std::fmt::Display;
 use std::future::Future;

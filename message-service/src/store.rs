@@ -347,6 +347,17 @@ pub struct Due {
 }
 
 impl Due {
+    /// Everything may be due.
+    pub fn all(subscriptions: BTreeSet<String>, producers: BTreeSet<String>) -> Self {
+        Self {
+            to_send: subscriptions.clone(),
+            alone: subscriptions.clone(),
+            overdue: subscriptions,
+            checks: producers,
+            next_in: None,
+        }
+    }
+
     /// Takes note that the oldest of something of `name` is due at that time.
     fn note(
         &mut self,

@@ -165,6 +165,7 @@ fn topology(policy: DeliveryPolicy) -> Topology {
 pub(crate) struct Signals {
     pub(crate) due: Mutex<Vec<BTreeSet<String>>>,
     pub(crate) gone: Mutex<BTreeSet<MessageId>>,
+    pub(crate) looked: Mutex<Vec<Due>>,
 }
 
 #[async_trait]
@@ -173,7 +174,9 @@ impl Broker for Signals {
         self.due.lock().unwrap().push(topics.clone());
     }
 
-    fn look_at(&self, _: &Due) {}
+    fn look_at(&self, due: &Due) {
+        self.looked.lock().unwrap().push(due.clone());
+    }
 
     fn permit(&self, _: usize) -> Permit {
         Permit::none()

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use crate::store::{Handed, Handoff};
 
-/// Deliveries of one subscription that are permitted or wait: what RabbitMQ takes within their lease
-/// even if it takes only some hundreds per second.
+/// Deliveries that are permitted or wait, of one subscription and of all: what RabbitMQ takes within
+/// half a lease even if it takes only some hundreds per second.
 const MOST: usize = 4_000;
+const MOST_OF_ALL: usize = 8_000;
 /// No permit is given while what waits has this many bytes of bodies.
 const MOST_BYTES: usize = 8 * 1024 * 1024;
 
@@ -99,13 +100,16 @@ impl Handoffs {
         if state.closed || state.bytes >= MOST_BYTES {
             return Permit::none_at(now);
         }
+        let taken = |share: &Share| share.permitted + share.waiting.len();
+        let all: usize = state.shares.values().map(taken).sum();
+        let mut left = MOST_OF_ALL.saturating_sub(all);
         let mut permitted = BTreeMap::new();
         for (name, room) in room {
-            let taken = |share: &Share| share.permitted + share.waiting.len();
             let taken = state.shares.get(&name).map_or(0, taken);
             let most = MOST.min(usize::try_from(room).unwrap_or(MOST));
-            let granted = most.saturating_sub(taken).min(messages);
+            let granted = most.saturating_sub(taken).min(messages).min(left);
             if granted > 0 {
+                left -= granted;
                 state.shares.entry(name.clone()).or_default().permitted += granted;
                 permitted.insert(name, granted);
             }
@@ -275,6 +279,15 @@ mod tests {
         assert_eq!(room(&most, "a"), MOST - 400);
         drop(most);
         assert_eq!(room(&permit(&handoffs, 1_000, &[("b", 3)]), "b"), 3);
+    }
+
+    #[test]
+    fn permits_of_all_subscriptions_are_bounded_together() {
+        let handoffs = Arc::new(Handoffs::default());
+        let rooms = [("a", 10_000), ("b", 10_000), ("c", 10_000)];
+        let all = permit(&handoffs, 3_000, &rooms);
+        let rooms = ["a", "b", "c"].map(|name| room(&all, name));
+        assert_eq!(rooms, [3_000, 3_000, 2_000]);
     }
 
     #[test]

@@ -201,8 +201,9 @@ impl Running {
             let max_bytes = self.air.bytes_left();
             let claimed = self.claim(&subscription, limit, max_bytes).await;
             let Some((loaded, next_due_in)) = claimed else {
-                self.rabbit.queues.landed(&subscription, limit as u64, 0);
-                self.rabbit.queues.more(self.pace, &subscription);
+                let queues = &self.rabbit.queues;
+                queues.claimed(self.pace, &subscription, limit, 0);
+                queues.more(self.pace, &subscription);
                 refused = true;
                 continue;
             };
@@ -212,8 +213,7 @@ impl Running {
             if is_cut || next_due_in == Some(Duration::ZERO) {
                 self.rabbit.queues.more(self.pace, &subscription);
             }
-            let unused = limit - loaded.len();
-            self.rabbit.queues.landed(&subscription, unused as u64, 0);
+            (self.rabbit.queues).claimed(self.pace, &subscription, limit, loaded.len());
             self.rabbit.queues.served(self.pace, &subscription);
             started.next_due_in = [started.next_due_in, next_due_in]
                 .into_iter()

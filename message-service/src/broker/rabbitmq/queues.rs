@@ -17,6 +17,8 @@ const SECONDS_IN_QUEUE: f64 = 5.0;
 /// [`SECONDS_OF_BACKLOG`]: what is confirmed now stands behind it, and is not to wait for long.
 const LEAST_OF_BACKLOG: u64 = 2_000;
 const SECONDS_OF_BACKLOG: f64 = 0.5;
+/// What drains is claimed when there is room for so many, rather than one by one as answers come.
+const WORTH_A_CLAIM: u64 = 50;
 /// How much a new second weighs in the recent answer rate.
 const WEIGHT: f64 = 0.3;
 /// How long a queue that gave no answer is not looked at.
@@ -102,19 +104,37 @@ impl Queue {
         room.saturating_sub(self.sent_since + self.in_flight)
     }
 
-    /// The same for what drains. Answers make room at once, or what is sent between two looks at
-    /// the queue would not last until the next one. Where what is fresh keeps the queue full, what
-    /// drains has half of what is answered: it must not wait for ever.
+    /// What a lane may send. What drains fills the queue less, and answers make room for it at once,
+    /// or what is sent between two looks at the queue would not last until the next one. While
+    /// it waits, half of what is answered is kept for it, however full what is fresh keeps the
+    /// queue: it must not wait for ever.
     fn room_for(&self, pace: Pace, processes: u32) -> u64 {
         let room = self.room(processes);
-        if pace == Pace::Fresh {
-            return room;
+        let half = (self.to_halve / 2).min(room);
+        match pace {
+            Pace::Fresh if self.due[Pace::Drain as usize] => room - half,
+            Pace::Fresh => room,
+            Pace::Drain => {
+                let ahead = self.waiting + self.sent_since + self.in_flight;
+                let ahead = ahead.saturating_sub(self.answered_since);
+                room.min(self.backlog_limit().saturating_sub(ahead).max(half))
+            }
         }
+    }
+
+    /// What drains fills the queue up to.
+    fn backlog_limit(&self) -> u64 {
         let limit = ((self.rate * SECONDS_OF_BACKLOG) as u64).max(LEAST_OF_BACKLOG);
-        let ahead = self.waiting + self.sent_since + self.in_flight;
-        let ahead = ahead.saturating_sub(self.answered_since);
-        let half = self.to_halve / 2;
-        room.min(limit.saturating_sub(ahead).max(half))
+        limit.min(self.limit() / 2).max(1)
+    }
+
+    /// Whether a claim of this lane has room for enough to be worth its statements.
+    fn is_worth_a_claim(&self, pace: Pace, processes: u32) -> bool {
+        let enough = match pace {
+            Pace::Fresh => 1,
+            Pace::Drain => WORTH_A_CLAIM.min(self.backlog_limit()),
+        };
+        self.room_for(pace, processes) >= enough
     }
 }
 
@@ -258,7 +278,7 @@ impl Queues {
         for (name, queue) in queues.iter_mut() {
             if queue.health == Health::Open
                 && queue.due[pace as usize]
-                && queue.room_for(pace, *processes) > 0
+                && queue.is_worth_a_claim(pace, *processes)
             {
                 queue.due[pace as usize] = false;
                 turns.push(name.clone());
@@ -307,7 +327,7 @@ impl Queues {
         let state = self.lock();
         let open = state.queues.iter();
         open.filter(|(_, queue)| queue.health == Health::Open)
-            .map(|(name, queue)| (name.clone(), queue.room(state.processes)))
+            .map(|(name, queue)| (name.clone(), queue.room_for(Pace::Fresh, state.processes)))
             .collect()
     }
 
@@ -326,10 +346,18 @@ impl Queues {
         };
         let granted = queue.room_for(pace, processes).min(most as u64);
         queue.in_flight += granted;
-        if pace == Pace::Drain {
-            queue.to_halve = queue.to_halve.saturating_sub(2 * granted);
-        }
         usize::try_from(granted).unwrap_or(most)
+    }
+
+    /// A claim has brought so many of what its lane had reserved room for.
+    pub(super) fn claimed(&self, pace: Pace, name: &str, reserved: usize, brought: usize) {
+        if let Some(queue) = self.lock().queues.get_mut(name) {
+            let unused = reserved.saturating_sub(brought) as u64;
+            queue.in_flight = queue.in_flight.saturating_sub(unused);
+            if pace == Pace::Drain {
+                queue.to_halve = queue.to_halve.saturating_sub(2 * brought as u64);
+            }
+        }
     }
 
     /// Messages are not on their way any more; `sent` of them are in the queue.
@@ -346,14 +374,16 @@ impl Queues {
     /// Answers were written. True if what drains may have waited for that.
     pub(super) fn answered(&self, name: &str, answers: usize, now: Duration) -> bool {
         let mut state = self.lock();
+        let processes = state.processes;
         let Some(queue) = state.queues.get_mut(name) else {
             return false;
         };
         queue.answered += answers as u64;
         queue.answered_since += answers as u64;
-        queue.to_halve = (queue.to_halve + answers as u64).min(LEAST_OF_BACKLOG);
+        let most = (queue.rate as u64).max(LEAST_OF_BACKLOG);
+        queue.to_halve = (queue.to_halve + answers as u64).min(most);
         queue.answered_at = Some(now);
-        queue.due[Pace::Drain as usize]
+        queue.due[Pace::Drain as usize] && queue.is_worth_a_claim(Pace::Drain, processes)
     }
 
     /// What all processes have heard.
@@ -588,6 +618,7 @@ mod tests {
             queues.answered("a", 10_000, SECOND);
             queues.tick();
         }
+        assert_eq!(queues.turns(Pace::Drain), ["a"], "nothing waits for a turn");
         let room = queues.reserve("a", 100_000);
         assert!((49_000..=50_000).contains(&room), "{room}");
     }
@@ -602,41 +633,49 @@ mod tests {
         assert_eq!(queues.turns(Pace::Drain), Vec::<String>::new());
         assert_eq!(queues.reserve("a", 20_000), 8_000, "fresh ones may go");
         queues.landed("a", 8_000, 0);
-        assert!(queues.answered("a", 300, SECOND), "it waits for room");
+        assert!(!queues.answered("a", 40, SECOND), "not worth a claim");
+        assert!(queues.answered("a", 260, SECOND), "it waits for room");
         assert_eq!(queues.turns(Pace::Drain), ["a"]);
         assert_eq!(drain(5_000), 300);
-        queues.landed("a", 300, 300);
+        queues.claimed(Pace::Drain, "a", 300, 200);
+        queues.landed("a", 200, 200);
         assert!(!queues.answered("a", 100, SECOND), "it had its turn");
-        let seen = Seen {
-            waiting: 1_900,
-            consumers: 1,
-        };
-        queues.seen("a", seen, SECOND);
+        queues.seen("a", seen(1_900), SECOND);
         assert_eq!(drain(5_000), 100, "a look at the queue knows better");
     }
 
     #[test]
     fn what_drains_has_half_of_the_answers_while_what_is_fresh_keeps_the_queue_full() {
         let queues = queues(&["a"]);
-        let full = Seen {
-            waiting: 10_000,
-            consumers: 1,
-        };
+        queues.seen("a", seen(10_000), SECOND);
         let (mut drained, mut fresh) = (0, 0);
-        for second in 1..=10 {
-            queues.seen("a", full, second * SECOND);
-            // What it has answered meanwhile a look sees as room.
-            for _ in 0..10 {
-                queues.answered("a", 50, second * SECOND);
-                let waiting = 10_000 - 50;
-                queues.seen("a", Seen { waiting, ..full }, second * SECOND);
-                let half = queues.reserve_for(Pace::Drain, "a", 200);
-                let rest = queues.reserve("a", 200);
-                queues.landed("a", (half + rest) as u64, (half + rest) as u64);
-                (drained, fresh) = (drained + half, fresh + rest);
-            }
+        for second in 2..=11 {
+            queues.answered("a", 500, second * SECOND);
+            queues.seen("a", seen(10_000 - 500), second * SECOND);
+            // What is fresh comes first, and takes all that it may.
+            let first = queues.reserve("a", 1_000);
+            let then = queues.reserve_for(Pace::Drain, "a", 1_000);
+            assert_eq!(first + then, 500);
+            queues.claimed(Pace::Drain, "a", then, then);
+            queues.landed("a", 500, 500);
+            (drained, fresh) = (drained + then, fresh + first);
         }
         assert_eq!((drained, fresh), (2_500, 2_500));
+    }
+
+    #[test]
+    fn what_drains_fills_a_small_queue_by_half() {
+        let queues = queues(&["b"]);
+        assert_eq!(queues.turns(Pace::Drain), ["b"]);
+        assert_eq!(queues.reserve_for(Pace::Drain, "b", 20), 3);
+        assert_eq!(queues.reserve("b", 20), 4);
+    }
+
+    fn seen(waiting: u64) -> Seen {
+        Seen {
+            waiting,
+            consumers: 1,
+        }
     }
 
     #[test]

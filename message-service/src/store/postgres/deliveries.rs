@@ -69,7 +69,8 @@ impl Claim {
         lane: Claims,
         lease: Duration,
     ) -> Result<Claimed, sqlx::Error> {
-        let (floor, full) = self.marks.floor(subscription);
+        let from = self.marks.from(subscription);
+        let floor = from.floor;
         let (which, limit, max_bytes, floor) = match lane {
             Claims::Normal { limit, max_bytes } => (Which::Normal, limit, max_bytes, floor),
             Claims::Fresh { limit, max_bytes } => (Which::Fresh, limit, max_bytes, floor),
@@ -118,7 +119,7 @@ impl Claim {
         let next = next_due(db, subscription, floor).await?;
         if which == Which::Normal {
             let oldest = [next.free, next.leased].into_iter().flatten().min();
-            self.marks.mark(subscription, next.now, oldest, full);
+            self.marks.mark(subscription, from, next.now, oldest);
         }
         let nearest = match which {
             Which::Normal | Which::Fresh => [next.free, next.leased],

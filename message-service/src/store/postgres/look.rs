@@ -8,8 +8,8 @@ use super::session::Session;
 use super::time::{At, span};
 use crate::store::{Due, LOOK_AHEAD};
 
-/// Along the indexes of claims, from the marks on and not further than is asked for: what is due
-/// later is of no use here, and dead rows are not walked over.
+/// Along the indexes of claims, from the marks on where there are some, and not further than is asked
+/// for: what is due later is of no use here.
 pub(super) const LOOK: &str = "-- what is due
     WITH t AS MATERIALIZED (SELECT clock_timestamp() AS now)
     SELECT 'subscription' AS whose, s.name, t.now,
@@ -52,8 +52,8 @@ pub(super) async fn look(
     producers: &BTreeSet<String>,
 ) -> Result<Due, sqlx::Error> {
     let names: Vec<&str> = subscriptions.iter().map(String::as_str).collect();
-    let from: Vec<_> = names.iter().map(|name| marks.floor(name)).collect();
-    let floors: Vec<_> = from.iter().map(|(floor, _)| At(*floor)).collect();
+    let from: Vec<_> = names.iter().map(|name| marks.from(name)).collect();
+    let floors: Vec<_> = from.iter().map(|from| At(from.floor)).collect();
     let producers: Vec<&str> = producers.iter().map(String::as_str).collect();
     let rows = db
         .fetch(LOOK, |query| {
@@ -76,9 +76,10 @@ pub(super) async fn look(
         let (alone, silent) = (maybe_at(row, "alone")?, maybe_at(row, "silent")?);
         due.note(now, alone, name, |due| &mut due.alone);
         due.note(now, silent, name, |due| &mut due.overdue);
-        // Sorted as they were asked.
-        let full = names.binary_search(&name).is_ok_and(|place| from[place].1);
-        marks.mark(name, now, oldest, full);
+        // The names are sorted, as the set was.
+        if let Ok(place) = names.binary_search(&name) {
+            marks.mark(name, from[place], now, oldest);
+        }
     }
     Ok(due)
 }

@@ -15,9 +15,6 @@ use crate::message::Timestamp;
 const FULL_PASS_EVERY: Duration = Duration::from_secs(30);
 /// A statement may become visible this long after the time that it wrote.
 const STATEMENT_SLACK: Duration = Duration::from_secs(5);
-/// Who looked at the same time may come here in another order; this is no clock that went back,
-/// and what it would make due before a mark is above its floor.
-const OUT_OF_ORDER: Duration = Duration::from_secs(1);
 /// The beginning of time.
 pub(super) const ALWAYS: Timestamp = Timestamp::from_micros(i64::MIN);
 
@@ -30,43 +27,59 @@ struct Mark {
     floor: Timestamp,
     seen: Timestamp,
     full_pass: Instant,
+    written: Instant,
+}
+
+/// From where on to look.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct From {
+    pub(super) floor: Timestamp,
+    /// That is everything.
+    full: bool,
+    asked: Instant,
 }
 
 impl Marks {
-    /// From where on to look. True if that is everything.
-    pub(super) fn floor(&self, subscription: &str) -> (Timestamp, bool) {
-        match self.lock().get(subscription) {
+    /// From where on to look.
+    pub(super) fn from(&self, subscription: &str) -> From {
+        let asked = Instant::now();
+        let (floor, full) = match self.lock().get(subscription) {
             Some(mark) if mark.full_pass.elapsed() < FULL_PASS_EVERY => (mark.floor, false),
             _ => (ALWAYS, true),
-        }
+        };
+        From { floor, full, asked }
     }
 
-    /// At `now`, the oldest of what is PENDING was due then.
+    /// From there on, at `now`, the oldest of what is PENDING was due then. Who looked at the same
+    /// time and came first knows as much, and may have looked at more.
     pub(super) fn mark(
         &self,
         subscription: &str,
+        from: From,
         now: Timestamp,
         oldest: Option<Timestamp>,
-        full: bool,
     ) {
         let mut marks = self.lock();
         let known = marks.get(subscription);
+        if known.is_some_and(|mark| mark.written > from.asked) {
+            return;
+        }
         // A clock that went back makes new rows due before the mark.
-        let went_back = known.is_some_and(|mark| now.after(OUT_OF_ORDER) < mark.seen);
+        let went_back = known.is_some_and(|mark| now < mark.seen);
         let full_pass = match known {
-            Some(mark) if !full && !went_back => mark.full_pass,
-            _ => Instant::now(),
+            Some(mark) if !from.full && !went_back => mark.full_pass,
+            _ => from.asked,
         };
         let floor = if went_back {
             ALWAYS
         } else {
-            let oldest = oldest.unwrap_or(now).min(now);
-            oldest.before(STATEMENT_SLACK + OUT_OF_ORDER)
+            oldest.unwrap_or(now).min(now).before(STATEMENT_SLACK)
         };
         let mark = Mark {
             floor,
             seen: now,
             full_pass,
+            written: Instant::now(),
         };
         marks.insert(subscription.to_owned(), mark);
     }
@@ -82,40 +95,49 @@ mod tests {
     use super::*;
 
     const NOW: Timestamp = Timestamp::from_micros(1_000_000_000);
-    const SLACK: Duration = Duration::from_secs(6);
+
+    fn looked(marks: &Marks, now: Timestamp, oldest: Option<Timestamp>) {
+        marks.mark("a", marks.from("a"), now, oldest);
+    }
+
+    fn floor(marks: &Marks) -> Timestamp {
+        marks.from("a").floor
+    }
 
     #[test]
     fn a_look_begins_where_the_last_found_nothing_older_until_the_next_full_pass() {
         let marks = Marks::default();
-        assert_eq!(marks.floor("a"), (ALWAYS, true));
+        assert_eq!(floor(&marks), ALWAYS);
         let oldest = NOW.before(Duration::from_secs(100));
-        marks.mark("a", NOW, Some(oldest), true);
-        assert_eq!(marks.floor("a"), (oldest.before(SLACK), false));
+        looked(&marks, NOW, Some(oldest));
+        assert_eq!(floor(&marks), oldest.before(STATEMENT_SLACK));
         // What is due only later does not hide what is made due now.
         let later = NOW.after(Duration::from_secs(100));
-        marks.mark("a", NOW, Some(later), false);
-        assert_eq!(marks.floor("a"), (NOW.before(SLACK), false));
-        assert_eq!(marks.floor("b"), (ALWAYS, true), "per subscription");
+        looked(&marks, NOW, Some(later));
+        assert_eq!(floor(&marks), NOW.before(STATEMENT_SLACK));
+        assert_eq!(marks.from("b").floor, ALWAYS, "per subscription");
         for mark in marks.lock().values_mut() {
             mark.full_pass -= FULL_PASS_EVERY;
         }
-        assert_eq!(marks.floor("a"), (ALWAYS, true));
+        assert_eq!(floor(&marks), ALWAYS);
     }
 
     #[test]
     fn after_a_clock_went_back_everything_is_looked_at() {
         let marks = Marks::default();
-        marks.mark("a", NOW, None, true);
-        marks.mark("a", NOW.before(Duration::from_secs(3_600)), None, false);
-        assert_eq!(marks.floor("a").0, ALWAYS);
+        looked(&marks, NOW, None);
+        looked(&marks, NOW.before(Duration::from_secs(3_600)), None);
+        assert_eq!(floor(&marks), ALWAYS);
     }
 
     #[test]
-    fn looks_at_the_same_time_are_no_clock_that_went_back() {
+    fn who_began_before_the_last_mark_and_comes_after_it_changes_nothing() {
         let marks = Marks::default();
-        marks.mark("a", NOW, None, true);
-        let just_before = NOW.before(Duration::from_millis(20));
-        marks.mark("a", just_before, None, false);
-        assert_eq!(marks.floor("a").0, just_before.before(SLACK));
+        looked(&marks, NOW, None);
+        let slow = marks.from("a");
+        let oldest = NOW.before(Duration::from_secs(100));
+        looked(&marks, NOW.after(Duration::from_secs(5)), Some(oldest));
+        marks.mark("a", slow, NOW, None);
+        assert_eq!(floor(&marks), oldest.before(STATEMENT_SLACK));
     }
 }

@@ -75,6 +75,7 @@ async fn assert_plans(harness: &OnPostgres, when: &str) {
             &["delivery_to_send", "delivery_to_send_alone"],
         ),
         (
+            // Asked on connections that plan each time; this says that the indexes are enough for it.
             "(text[], timestamptz[], text[], interval)",
             look::LOOK,
             "'{}', '{}', '{}', '1 s'",
