@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+/// Runs a mode. One that hangs fails its test, and not the whole run of all tests.
 fn bench(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bench"));
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=5", "300", env!("CARGO_BIN_EXE_bench")]);
     command.args(arguments).output().unwrap()
 }
 
