@@ -10,6 +10,7 @@
 //! Nothing is ever declared here. The service declares; what is missing is waited for.
 
 mod address;
+mod company;
 mod door;
 mod held;
 mod receive;
@@ -27,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::address::Address;
+use self::company::Company;
 use self::door::Door;
 use self::held::Held;
 use super::{Link, Order, Recorded};
@@ -115,8 +117,10 @@ impl Broker {
             acknowledge: queue(&self.deployment, "acknowledge"),
             subscription: order.subscription.clone(),
             answers: answers_out,
-            enough: (prefetch / 4).clamp(1, record::MAX_WAITING),
-            held: Arc::clone(&held),
+            company: Company::new(
+                (prefetch / 4).clamp(1, record::MAX_WAITING),
+                Arc::clone(&held),
+            ),
             recorded: recorded_in,
             done: Arc::clone(&done),
         };

@@ -2,16 +2,16 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use handfast_fail_points::{Point, hit};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{sleep, timeout};
 
+use super::company::Company;
 use super::door::{Door, Kind, Open, Trouble, command};
 use super::held::{Key, key};
 use super::{COMMAND_TIMEOUT, LAST_BACKOFF, wire};
@@ -22,9 +22,6 @@ use crate::source::reachable::Reachable;
 
 /// How many answers are taken from the consumer before they are published.
 pub(super) const MAX_WAITING: usize = 500;
-/// How long an answer waits for company: each message of answers costs RabbitMQ and the service a
-/// write of their own.
-const COMPANY: Duration = Duration::from_millis(20);
 /// Messages of answers survive a restart of RabbitMQ.
 const PERSISTENT: u8 = 2;
 
@@ -34,10 +31,8 @@ pub(super) struct Record {
     pub(super) acknowledge: ShortString,
     pub(super) subscription: String,
     pub(super) answers: mpsc::Receiver<Answered>,
-    /// So many answers do not wait for company: their deliveries take too much of the prefetch.
-    pub(super) enough: usize,
-    /// How many deliveries are here: no company can come when all of them are answered.
-    pub(super) held: Arc<AtomicUsize>,
+    /// Which answers go together.
+    pub(super) company: Company,
     /// Tells which answers are confirmed, so that their deliveries can be acked.
     pub(super) recorded: mpsc::UnboundedSender<Vec<Key>>,
     pub(super) done: Arc<Recorded>,
@@ -67,7 +62,7 @@ impl Record {
                     Some(answer) => waiting.push_back(answer),
                     None => break,
                 }
-                self.collect(&mut waiting).await;
+                self.company.collect(&mut self.answers, &mut waiting).await;
             }
             while waiting.len() < MAX_WAITING
                 && let Ok(answer) = self.answers.try_recv()
@@ -97,16 +92,6 @@ impl Record {
         }
         if let Some(Publisher { open, .. }) = publisher {
             open.close().await;
-        }
-    }
-
-    /// Takes answers until there are enough, or the first has waited for long.
-    async fn collect(&mut self, waiting: &mut VecDeque<Answered>) {
-        let until = Instant::now() + COMPANY;
-        while waiting.len() < self.enough.min(self.held.load(Ordering::Relaxed))
-            && let Ok(Some(answer)) = timeout_at(until, self.answers.recv()).await
-        {
-            waiting.push_back(answer);
         }
     }
 
