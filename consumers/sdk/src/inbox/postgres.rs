@@ -25,12 +25,15 @@ impl InboxDatabase for Postgres {
     fn begin(wait: Duration, handler_timeout: Duration) -> String {
         // Without the time-outs the server goes on waiting when nobody waits for it any more,
         // and holds the inbox rows meanwhile. If the pool's own bound for a statement is
-        // stricter, it stays.
+        // stricter, it stays. That for locks is put back when the inbox rows are written: which
+        // locks the handler's own statements wait for is the handler's to bound.
         let (wait_ms, statement_ms) = (milliseconds(wait), milliseconds(handler_timeout));
         format!(
-            "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; \
-             SET LOCAL lock_timeout = {wait_ms}; \
-             SELECT set_config('statement_timeout', least({statement_ms}, nullif(extract(epoch \
+            "BEGIN ISOLATION LEVEL READ COMMITTED; \
+             SELECT set_config('synchronous_commit', 'on', true), \
+             set_config('handfast.lock_timeout', current_setting('lock_timeout'), true), \
+             set_config('lock_timeout', '{wait_ms}', true), \
+             set_config('statement_timeout', least({statement_ms}, nullif(extract(epoch \
              FROM current_setting('statement_timeout')::interval) * 1000, 0))::bigint::text, true)"
         )
     }
@@ -68,31 +71,35 @@ impl InboxDatabase for Postgres {
         subscription: &str,
         ids: &[Uuid],
     ) -> Result<Vec<Seen>, sqlx::Error> {
-        let rows: Vec<(Uuid, i64, i64)> = sqlx::query_as(
+        // Put together before the time-out is put back, which holds for every row then.
+        let (message_ids, times, now, _): (Vec<Uuid>, Vec<i64>, i64, String) = sqlx::query_as(
             r#"
             -- record
-            INSERT INTO handfast_inbox AS inbox (subscription, message_id)
-            SELECT $1, id
-              FROM unnest($2::uuid[]) AS id
-             ORDER BY id
-                ON CONFLICT (subscription, message_id) DO UPDATE SET seen = inbox.seen + 1
-         RETURNING message_id, seen, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+            WITH seen AS (
+                INSERT INTO handfast_inbox AS inbox (subscription, message_id)
+                SELECT $1, id
+                  FROM unnest($2::uuid[]) AS id
+                 ORDER BY id
+                    ON CONFLICT (subscription, message_id) DO UPDATE SET seen = inbox.seen + 1
+             RETURNING message_id, seen
+            ), together AS MATERIALIZED (
+                SELECT array_agg(message_id) AS message_ids, array_agg(seen) AS times FROM seen
+            )
+            SELECT message_ids, times, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
+                   set_config('lock_timeout', current_setting('handfast.lock_timeout'), true)
+              FROM together
             "#,
         )
         .bind(subscription)
         .bind(ids)
-        .fetch_all(&mut *connection)
+        .fetch_one(&mut *connection)
         .await?;
-        // Which locks the handler's own statements wait for is the handler's to bound.
-        sqlx::query("SET LOCAL lock_timeout TO DEFAULT")
-            .execute(connection)
-            .await?;
-        let seen = |(message_id, times, now)| Seen {
+        let seen = |(message_id, times)| Seen {
             message_id,
             times,
             now,
         };
-        Ok(rows.into_iter().map(seen).collect())
+        Ok(message_ids.into_iter().zip(times).map(seen).collect())
     }
 
     async fn refuses_commit(
@@ -203,7 +210,8 @@ mod tests {
             (Duration::MAX, "2147483647"),
         ] {
             let begin = Postgres::begin(limit, limit);
-            assert!(begin.contains(&format!("lock_timeout = {ms};")), "{begin}");
+            let lock_timeout = format!("set_config('lock_timeout', '{ms}', true)");
+            assert!(begin.contains(&lock_timeout), "{begin}");
             assert!(begin.contains(&format!("least({ms}, ")), "{begin}");
         }
     }

@@ -16,6 +16,7 @@ async fn careless(world: &World<Postgres>) -> PgPool {
     let options = world.home.options().options([
         ("default_transaction_isolation", "repeatable read"),
         ("synchronous_commit", "off"),
+        ("lock_timeout", "5s"),
     ]);
     PgPoolOptions::new().connect_with(options).await.unwrap()
 }
@@ -245,7 +246,8 @@ async fn an_error_that_the_handler_hides_is_not_taken_for_an_effect() {
 }
 
 #[tokio::test]
-async fn a_transaction_is_durable_whatever_the_pools_defaults_are() {
+async fn a_transaction_is_durable_whatever_the_pools_defaults_are_and_waits_for_locks_as_they_say()
+{
     struct Asking;
     impl BatchHandler<Postgres> for Asking {
         async fn handle_batch(&self, tx: &mut Tx<Postgres>, new: &[Delivered]) -> Vec<Answer> {
@@ -273,7 +275,7 @@ async fn a_transaction_is_durable_whatever_the_pools_defaults_are() {
     world.stop(running).await;
     world
         .service
-        .script(|script| assert_eq!(script.reason(1), "on 0 read committed"));
+        .script(|script| assert_eq!(script.reason(1), "on 5s read committed"));
 }
 
 #[tokio::test]
