@@ -140,7 +140,7 @@ pub struct Service {
     ending: Gate,
     console: Gate,
     undecided: Undecided,
-    backlog: Backlog,
+    backlog: Arc<Backlog>,
     failures: Failures,
 }
 
@@ -182,7 +182,7 @@ impl Service {
             ),
             console: Gate::new("reads of the console", CONSOLE_CALLS, 1),
             undecided: Undecided::new(settings.max_undecided),
-            backlog: Backlog::new(settings.max_backlog_bytes),
+            backlog: Arc::new(Backlog::new(settings.max_backlog_bytes)),
             failures: Failures::default(),
         })
     }

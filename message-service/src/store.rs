@@ -301,7 +301,8 @@ pub struct Claimed {
     pub deliveries: Vec<DeliveryClaim>,
     /// Something is due that has to be sent alone.
     pub alone_waits: bool,
-    /// How long until the next delivery is due, if one is known; zero if more is due now.
+    /// How long until the next delivery is due, if one is known; zero if more is due now. A store
+    /// need not look further than [`LOOK_AHEAD`].
     pub next_due_in: Option<Duration>,
 }
 

@@ -1,5 +1,6 @@
 //! How much may be unfinished before new messages are refused.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -18,14 +19,21 @@ pub(super) struct Backlog {
     fresh_for: Duration,
     /// How many times as long as it took a measurement holds.
     worth: u32,
+    last: Mutex<Option<Measured>>,
     /// Held while the store is measured, so that callers share one measurement.
-    last: tokio::sync::Mutex<Option<Measured>>,
+    measuring: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Measured {
     bytes: u64,
     holds_until: Instant,
+}
+
+impl Measured {
+    fn holds(&self) -> bool {
+        Instant::now() < self.holds_until
+    }
 }
 
 impl Backlog {
@@ -35,28 +43,40 @@ impl Backlog {
             limit_bytes,
             fresh_for: FRESH_FOR,
             worth: WORTH,
-            last: tokio::sync::Mutex::new(None),
+            last: Mutex::default(),
+            measuring: Arc::default(),
         }
     }
 
-    /// `Ok(Err(..))` above the limit. `measure` asks the store.
+    /// `Ok(Err(..))` above the limit. `measure` asks the store. Nobody waits for that who was let
+    /// in by the measurement before.
     pub(super) async fn check<F>(
-        &self,
-        measure: impl FnOnce() -> F,
+        self: &Arc<Self>,
+        measure: impl FnOnce() -> F + Send + 'static,
     ) -> Result<Result<(), Error>, store::Error>
     where
-        F: Future<Output = Result<u64, store::Error>>,
+        F: Future<Output = Result<u64, store::Error>> + Send,
     {
-        let mut last = self.last.lock().await;
-        let backlog_bytes = match *last {
-            Some(measured) if Instant::now() < measured.holds_until => measured.bytes,
+        let backlog_bytes = match self.last() {
+            Some(last) if last.holds() => last.bytes,
+            Some(last) if last.bytes <= self.limit_bytes => {
+                if let Ok(turn) = Arc::clone(&self.measuring).try_lock_owned() {
+                    let backlog = Arc::clone(self);
+                    tokio::spawn(async move {
+                        let _turn = turn;
+                        if let Err(error) = backlog.measure(measure).await {
+                            tracing::debug!(%error, "cannot measure the backlog: {error}");
+                        }
+                    });
+                }
+                last.bytes
+            }
             Some(_) | None => {
-                let began = Instant::now();
-                let bytes = measure().await?;
-                let worth = self.fresh_for.max(self.worth * began.elapsed());
-                let holds_until = Instant::now() + worth;
-                *last = Some(Measured { bytes, holds_until });
-                bytes
+                let _turn = self.measuring.lock().await;
+                match self.last() {
+                    Some(last) if last.holds() => last.bytes,
+                    Some(_) | None => self.measure(measure).await?,
+                }
             }
         };
         Ok(if backlog_bytes > self.limit_bytes {
@@ -68,24 +88,57 @@ impl Backlog {
             Ok(())
         })
     }
+
+    async fn measure<F>(&self, measure: impl FnOnce() -> F) -> Result<u64, store::Error>
+    where
+        F: Future<Output = Result<u64, store::Error>>,
+    {
+        let began = Instant::now();
+        let bytes = measure().await?;
+        let worth = self.fresh_for.max(self.worth * began.elapsed());
+        let holds_until = Instant::now() + worth;
+        *self.lock() = Some(Measured { bytes, holds_until });
+        Ok(bytes)
+    }
+
+    fn last(&self) -> Option<Measured> {
+        *self.lock()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Measured>> {
+        // A panic while the lock is held leaves a whole measurement.
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn only_what_is_above_the_limit_is_refused() {
-        let backlog = Backlog {
-            fresh_for: Duration::ZERO,
+    fn backlog(fresh_for: Duration) -> Arc<Backlog> {
+        Arc::new(Backlog {
+            fresh_for,
             worth: 0,
             ..Backlog::new(100)
-        };
+        })
+    }
+
+    async fn measured(backlog: &Backlog, bytes: u64) {
+        while backlog.last().map(|last| last.bytes) != Some(bytes) {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn only_what_is_above_the_limit_is_refused() {
+        let backlog = backlog(Duration::ZERO);
         backlog.check(|| async { Ok(100) }).await.unwrap().unwrap();
+        backlog.check(|| async { Ok(101) }).await.unwrap().unwrap();
+        measured(&backlog, 101).await;
         assert_eq!(
-            backlog.check(|| async { Ok(101) }).await.unwrap(),
+            backlog.check(|| async { Ok(102) }).await.unwrap(),
             Err(Error::BacklogFull {
-                backlog_bytes: 101,
+                backlog_bytes: 102,
                 limit_bytes: 100
             })
         );
@@ -93,13 +146,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fresh_size_is_not_read_again() {
-        let backlog = Backlog {
-            fresh_for: Duration::from_secs(3600),
-            ..Backlog::new(100)
-        };
+    async fn who_was_let_in_before_does_not_wait_for_a_slow_measurement() {
+        let backlog = backlog(Duration::ZERO);
         backlog.check(|| async { Ok(1) }).await.unwrap().unwrap();
-        let unread = backlog.check(|| async { panic!("read again") }).await;
-        unread.unwrap().unwrap();
+        for _ in 0..2 {
+            let never = || std::future::pending::<Result<u64, store::Error>>();
+            backlog.check(never).await.unwrap().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_fresh_size_is_not_read_again() {
+        let backlog = backlog(Duration::from_secs(3600));
+        backlog.check(|| async { Ok(1) }).await.unwrap().unwrap();
+        let unread = || async { panic!("read again") };
+        backlog.check(unread).await.unwrap().unwrap();
     }
 }

@@ -101,7 +101,8 @@ impl Service {
         let service = Arc::clone(self);
         self.detached(async move {
             let _permit = permit;
-            let backlog_bytes = || service.store.backlog_bytes();
+            let store = Arc::clone(&service.store);
+            let backlog_bytes = || async move { store.backlog_bytes().await };
             let room = service.backlog.check(backlog_bytes).await;
             room.map_err(|error| service.failed(error))??;
             let messages = service.refuse_early(&topology, verb, &call.producer, call.messages)?;

@@ -42,6 +42,19 @@ impl Kind {
         }
     }
 
+    /// Whether it can leave deliveries that are to be sent.
+    pub(super) const fn makes_due(self) -> bool {
+        matches!(
+            self,
+            Self::Publish
+                | Self::Decide
+                | Self::SettleChecks
+                | Self::Acknowledge
+                | Self::Return
+                | Self::Recover
+        )
+    }
+
     /// The fail points before and after it is durable.
     pub(super) const fn points(self) -> (Point, Point) {
         match self {

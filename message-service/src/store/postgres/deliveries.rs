@@ -16,7 +16,7 @@ use super::session::Session;
 use super::time::{At, span};
 use crate::message::Timestamp;
 use crate::store::kind::Kind;
-use crate::store::{Claimed, DeliveryClaim, FRESH_FOR, Lane as Claims, Overdue, Sent};
+use crate::store::{Claimed, DeliveryClaim, FRESH_FOR, LOOK_AHEAD, Lane as Claims, Overdue, Sent};
 
 /// The lane of claims.
 pub(super) struct Claim {
@@ -209,7 +209,7 @@ pub(super) fn claim_sql(which: Which) -> String {
     )
 }
 
-/// When the next deliveries are due.
+/// When the next deliveries are due, as far as [`LOOK_AHEAD`].
 struct NextDue {
     now: Timestamp,
     free: Option<Timestamp>,
@@ -223,7 +223,12 @@ async fn next_due(
     floor: Timestamp,
 ) -> Result<NextDue, sqlx::Error> {
     let rows = db
-        .fetch(NEXT_DUE, |query| query.bind(subscription).bind(At(floor)))
+        .fetch(NEXT_DUE, |query| {
+            query
+                .bind(subscription)
+                .bind(At(floor))
+                .bind(span(LOOK_AHEAD))
+        })
         .await?;
     let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     Ok(NextDue {
@@ -234,20 +239,26 @@ async fn next_due(
     })
 }
 
+/// Not further than is asked for: what was leased and is done fills the index up to the end of its
+/// leases.
 pub(super) const NEXT_DUE: &str = "-- next due
-    SELECT clock_timestamp() AS now,
+    WITH t AS MATERIALIZED (SELECT clock_timestamp() AS now)
+    SELECT t.now,
            (SELECT due_at FROM delivery WHERE subscription = $1 AND state = 'PENDING'
-               AND stream_ends = 0 AND (token IS NOT NULL)::int = 0 AND due_at >= $2
-             ORDER BY due_at LIMIT 1) AS free,
+               AND stream_ends = 0 AND (token IS NOT NULL)::int = 0
+               AND due_at >= $2 AND due_at <= t.now + $3 ORDER BY due_at LIMIT 1) AS free,
            (SELECT due_at FROM delivery WHERE subscription = $1 AND state = 'PENDING'
-               AND stream_ends = 0 AND (token IS NOT NULL)::int = 1 AND due_at >= $2
-             ORDER BY due_at LIMIT 1) AS leased,
+               AND stream_ends = 0 AND (token IS NOT NULL)::int = 1
+               AND due_at >= $2 AND due_at <= t.now + $3 ORDER BY due_at LIMIT 1) AS leased,
            least(
            (SELECT due_at FROM delivery WHERE subscription = $1 AND state = 'PENDING'
-               AND stream_ends > 0 AND (token IS NOT NULL)::int = 0 ORDER BY due_at LIMIT 1),
+               AND stream_ends > 0 AND (token IS NOT NULL)::int = 0
+               AND due_at <= t.now + $3 ORDER BY due_at LIMIT 1),
            (SELECT due_at FROM delivery WHERE subscription = $1 AND state = 'PENDING'
-               AND stream_ends > 0 AND (token IS NOT NULL)::int = 1 ORDER BY due_at LIMIT 1)
-           ) AS alone";
+               AND stream_ends > 0 AND (token IS NOT NULL)::int = 1
+               AND due_at <= t.now + $3 ORDER BY due_at LIMIT 1)
+           ) AS alone
+      FROM t";
 
 /// What is known about sends that hold their lease.
 pub(super) enum Leased {

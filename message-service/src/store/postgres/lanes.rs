@@ -9,14 +9,15 @@
 //! halved until only that call is told.
 
 use std::future::Future;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use handfast_fail_points::hit;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
+use super::marks::Marks;
 use super::session::{Session, Trouble, trouble};
 use crate::store::Error;
 use crate::store::kind::Kind;
@@ -69,12 +70,13 @@ pub(super) struct Lane<W: Work> {
 }
 
 impl<W: Work> Lane<W> {
-    pub(super) fn start(work: W, session: Session) -> Self {
+    pub(super) fn start(work: W, session: Session, marks: &Arc<Marks>) -> Self {
         let (queue, queued) = mpsc::channel(QUEUE_CALLS);
         let kind = work.kind();
         let task = Task {
             work,
             session,
+            marks: Arc::clone(marks),
             queued,
             next: None,
         };
@@ -129,6 +131,7 @@ impl<W: Work> Lane<W> {
 struct Task<W: Work> {
     work: W,
     session: Session,
+    marks: Arc<Marks>,
     queued: mpsc::Receiver<Job<W>>,
     /// A call that did not fit into the last batch.
     next: Option<Job<W>>,
@@ -202,7 +205,13 @@ impl<W: Work> Task<W> {
             hit(before);
         }
         self.session.be_patient();
-        let answers = self.work.run(&mut self.session, calls).await?;
+        let began = Instant::now();
+        let done = self.work.run(&mut self.session, calls).await;
+        // Also if it failed: it may be durable.
+        if self.work.kind().makes_due() {
+            self.marks.wrote(began.elapsed());
+        }
+        let answers = done?;
         for _ in calls {
             hit(after);
         }

@@ -13,14 +13,24 @@ use crate::message::Timestamp;
 
 /// How often everything is looked at.
 const FULL_PASS_EVERY: Duration = Duration::from_secs(30);
-/// A statement may become visible this long after the time that it wrote.
-const STATEMENT_SLACK: Duration = Duration::from_secs(5);
+/// What a statement wrote becomes visible this long after the time that it wrote.
+const SLACK: Duration = Duration::from_millis(500);
+/// The same for this long after one of this process took longer than half of that. Whoever writes
+/// tells its own process to claim, so those of others need no such care.
+const SLOW_SLACK: Duration = Duration::from_secs(5);
+const SLOW_FOR: Duration = Duration::from_secs(10);
 /// The beginning of time.
 pub(super) const ALWAYS: Timestamp = Timestamp::from_micros(i64::MIN);
 
 /// The marks of all subscriptions.
 #[derive(Default)]
-pub(super) struct Marks(Mutex<HashMap<String, Mark>>);
+pub(super) struct Marks(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    marks: HashMap<String, Mark>,
+    slow_until: Option<Instant>,
+}
 
 #[derive(Clone, Copy)]
 struct Mark {
@@ -43,8 +53,13 @@ impl Marks {
     /// From where on to look.
     pub(super) fn from(&self, subscription: &str) -> From {
         let asked = Instant::now();
-        let (floor, full) = match self.lock().get(subscription) {
-            Some(mark) if mark.full_pass.elapsed() < FULL_PASS_EVERY => (mark.floor, false),
+        let state = self.lock();
+        let is_slow = state.slow_until.is_some_and(|until| asked < until);
+        let slack = if is_slow { SLOW_SLACK } else { SLACK };
+        let (floor, full) = match state.marks.get(subscription) {
+            Some(mark) if mark.full_pass.elapsed() < FULL_PASS_EVERY => {
+                (mark.floor.before(slack), false)
+            }
             _ => (ALWAYS, true),
         };
         From { floor, full, asked }
@@ -59,8 +74,8 @@ impl Marks {
         now: Timestamp,
         oldest: Option<Timestamp>,
     ) {
-        let mut marks = self.lock();
-        let known = marks.get(subscription);
+        let mut state = self.lock();
+        let known = state.marks.get(subscription);
         if known.is_some_and(|mark| mark.written > from.asked) {
             return;
         }
@@ -73,7 +88,7 @@ impl Marks {
         let floor = if went_back {
             ALWAYS
         } else {
-            oldest.unwrap_or(now).min(now).before(STATEMENT_SLACK)
+            oldest.unwrap_or(now).min(now)
         };
         let mark = Mark {
             floor,
@@ -81,11 +96,18 @@ impl Marks {
             full_pass,
             written: Instant::now(),
         };
-        marks.insert(subscription.to_owned(), mark);
+        state.marks.insert(subscription.to_owned(), mark);
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Mark>> {
-        // A panic while the lock is held leaves a whole map.
+    /// A statement that made something due took so long.
+    pub(super) fn wrote(&self, took: Duration) {
+        if took > SLACK / 2 {
+            self.lock().slow_until = Some(Instant::now() + SLOW_FOR);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held leaves whole marks.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -110,13 +132,13 @@ mod tests {
         assert_eq!(floor(&marks), ALWAYS);
         let oldest = NOW.before(Duration::from_secs(100));
         looked(&marks, NOW, Some(oldest));
-        assert_eq!(floor(&marks), oldest.before(STATEMENT_SLACK));
+        assert_eq!(floor(&marks), oldest.before(SLACK));
         // What is due only later does not hide what is made due now.
         let later = NOW.after(Duration::from_secs(100));
         looked(&marks, NOW, Some(later));
-        assert_eq!(floor(&marks), NOW.before(STATEMENT_SLACK));
+        assert_eq!(floor(&marks), NOW.before(SLACK));
         assert_eq!(marks.from("b").floor, ALWAYS, "per subscription");
-        for mark in marks.lock().values_mut() {
+        for mark in marks.lock().marks.values_mut() {
             mark.full_pass -= FULL_PASS_EVERY;
         }
         assert_eq!(floor(&marks), ALWAYS);
@@ -138,6 +160,18 @@ mod tests {
         let oldest = NOW.before(Duration::from_secs(100));
         looked(&marks, NOW.after(Duration::from_secs(5)), Some(oldest));
         marks.mark("a", slow, NOW, None);
-        assert_eq!(floor(&marks), oldest.before(STATEMENT_SLACK));
+        assert_eq!(floor(&marks), oldest.before(SLACK));
+    }
+
+    #[test]
+    fn after_a_slow_write_more_is_looked_at_for_a_while() {
+        let marks = Marks::default();
+        looked(&marks, NOW, None);
+        marks.wrote(SLACK / 2);
+        assert_eq!(floor(&marks), NOW.before(SLACK));
+        marks.wrote(SLACK);
+        assert_eq!(floor(&marks), NOW.before(SLOW_SLACK));
+        marks.lock().slow_until = Some(Instant::now());
+        assert_eq!(floor(&marks), NOW.before(SLACK));
     }
 }

@@ -221,20 +221,28 @@ impl PostgresStore {
         let mut rng = || StdRng::from_rng(&mut seeds);
         let write = Use::Write;
         let lanes = Lanes {
-            apply: Lane::start(Apply, session(Use::Apply)),
-            prepare: Lane::start(Prepare(Arc::clone(&written)), session(write)),
-            publish: Lane::start(Publish(Arc::clone(&written), rng()), session(write)),
-            decide: Lane::start(Decide(rng()), session(write)),
-            claim_checks: Lane::start(ClaimChecks(rng()), session(write)),
-            settle_checks: Lane::start(SettleChecks(rng()), session(write)),
-            claim: Lane::start(Claim::new(rng(), Arc::clone(&marks)), session(write)),
-            sent: Lane::start(MarkSent, session(write)),
-            acknowledge: Lane::start(Acknowledge(rng()), session(write)),
-            take_back: Lane::start(TakeBack(rng()), session(write)),
-            recover: Lane::start(Recover::new(rng(), Arc::clone(&clock)), session(write)),
-            retire: Lane::start(Retire::default(), session(Use::Retire)),
-            announce: Lane::start(Announce, session(write)),
-            turns: Lane::start(Turns, session(write)),
+            apply: Lane::start(Apply, session(Use::Apply), &marks),
+            prepare: Lane::start(Prepare(Arc::clone(&written)), session(write), &marks),
+            publish: Lane::start(Publish(Arc::clone(&written), rng()), session(write), &marks),
+            decide: Lane::start(Decide(rng()), session(write), &marks),
+            claim_checks: Lane::start(ClaimChecks(rng()), session(write), &marks),
+            settle_checks: Lane::start(SettleChecks(rng()), session(write), &marks),
+            claim: Lane::start(
+                Claim::new(rng(), Arc::clone(&marks)),
+                session(write),
+                &marks,
+            ),
+            sent: Lane::start(MarkSent, session(write), &marks),
+            acknowledge: Lane::start(Acknowledge(rng()), session(write), &marks),
+            take_back: Lane::start(TakeBack(rng()), session(write), &marks),
+            recover: Lane::start(
+                Recover::new(rng(), Arc::clone(&clock)),
+                session(write),
+                &marks,
+            ),
+            retire: Lane::start(Retire::default(), session(Use::Retire), &marks),
+            announce: Lane::start(Announce, session(write), &marks),
+            turns: Lane::start(Turns, session(write), &marks),
         };
         let readers = |number| Readers::new(Arc::clone(&options), number, Arc::clone(&repeats));
         let people = readers(address.readers.min(PEOPLE));

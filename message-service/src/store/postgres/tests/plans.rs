@@ -69,9 +69,9 @@ async fn assert_plans(harness: &OnPostgres, when: &str) {
         (claim_types, &fresh, claim, &["delivery_to_send"]),
         (claim_types, &alone, claim, &["delivery_to_send_alone"]),
         (
-            "(text, timestamptz)",
+            "(text, timestamptz, interval)",
             deliveries::NEXT_DUE,
-            "'s', '-infinity'",
+            "'s', '-infinity', '1 s'",
             &["delivery_to_send", "delivery_to_send_alone"],
         ),
         (
