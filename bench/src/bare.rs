@@ -11,7 +11,8 @@ use handfast_service::clock::SystemClock;
 use handfast_service::message::{Answer, AnswerKind, MessageEvent, MessageId, NewMessage};
 use handfast_service::retention::{self, Retention};
 use handfast_service::store::postgres::{Address, PostgresStore};
-use handfast_service::store::{Decision, Handed, Handoff, Store as _};
+use handfast_service::store::{Decision, Handed, Handoff, Store as _, Written};
+use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, Consumer};
@@ -32,7 +33,10 @@ const UNDER_WAY: usize = 2;
 const BETWEEN: usize = 8;
 /// Deliveries that a consumer holds.
 const PREFETCH: u16 = 2_000;
-const LEASE: Duration = Duration::from_secs(30);
+pub(crate) const LEASE: Duration = Duration::from_secs(30);
+
+/// What is not confirmed is checked after this.
+pub(crate) const FIRST_CHECK: Duration = Duration::from_secs(10);
 
 /// Batches of messages under way to their publisher.
 type Sends = Vec<mpsc::Sender<Vec<Handed>>>;
@@ -46,16 +50,7 @@ pub(crate) async fn run(
     payload: usize,
 ) -> Result<Duration, Failure> {
     let clock = Arc::new(SystemClock::new());
-    let address: Address = place
-        .store
-        .parse()
-        .map_err(Failure::of("read the URL of the store"))?;
-    let store = PostgresStore::open(address, clock.clone(), 1).await;
-    let store = Arc::new(store.map_err(Failure::of("open the store"))?);
-    store
-        .apply_topology(topology(subscriptions))
-        .await
-        .map_err(Failure::of("apply the topology"))?;
+    let store = open(place, subscriptions, clock.clone()).await?;
     let inbox = inbox(&place.inbox).await?;
     let (publishing, consuming) = (connect(&place.amqp).await?, connect(&place.amqp).await?);
     let mut stages = JoinSet::new();
@@ -115,7 +110,27 @@ pub(crate) async fn run(
     took
 }
 
-async fn first_failure(stages: &mut JoinSet<Result<(), Failure>>) -> Failure {
+/// The store, with its topology.
+pub(crate) async fn open(
+    place: &Place,
+    subscriptions: &[String],
+    clock: Arc<SystemClock>,
+) -> Result<Arc<PostgresStore>, Failure> {
+    let address: Address = place
+        .store
+        .parse()
+        .map_err(Failure::of("read the URL of the store"))?;
+    let store = PostgresStore::open(address, clock, 1).await;
+    let store = Arc::new(store.map_err(Failure::of("open the store"))?);
+    store
+        .apply_topology(topology(subscriptions))
+        .await
+        .map_err(Failure::of("apply the topology"))?;
+    Ok(store)
+}
+
+/// The first stage that fails. Never returns if none does.
+pub(crate) async fn first_failure(stages: &mut JoinSet<Result<(), Failure>>) -> Failure {
     while let Some(done) = stages.join_next().await {
         match done {
             Ok(Ok(())) => {}
@@ -135,13 +150,14 @@ async fn prepare(
 ) -> Result<(), Failure> {
     let batches = (0..messages).step_by(BATCH).map(|first| {
         let count = BATCH.min(usize::try_from(messages - first).unwrap_or(BATCH));
-        let batch: Vec<_> = (0..count).filter_map(|_| message(payload)).collect();
+        let batch: Vec<_> = (0..count)
+            .filter_map(|_| message(payload_of(payload)))
+            .collect();
         let store = store.clone();
         async move {
             let ids = batch.iter().map(|message| message.id).collect();
-            let written = store.prepare(batch, Duration::from_secs(10)).await;
-            let written = written.map_err(Failure::of("prepare"))?;
-            refused(written.items.iter().filter_map(|item| item.as_ref().err()))?;
+            let written = store.prepare(batch, FIRST_CHECK).await;
+            accepted(&written.map_err(Failure::of("prepare"))?)?;
             Ok::<Vec<MessageId>, Failure>(ids)
         }
     });
@@ -173,7 +189,7 @@ async fn confirm(
         async move {
             let written = store.decide(PRODUCER, decisions, handoff).await;
             let written = written.map_err(Failure::of("confirm"))?;
-            refused(written.items.iter().filter_map(|item| item.as_ref().err()))?;
+            accepted(&written)?;
             match written.topics.is_empty() {
                 true => Ok(written.handed),
                 false => Err(Failure(
@@ -233,41 +249,63 @@ async fn apply(
 ) -> Result<(), Failure> {
     let mut ready = consumer.ready_chunks(BATCH);
     while let Some(deliveries) = ready.next().await {
-        let deliveries: Result<Vec<_>, _> = deliveries.into_iter().collect();
-        let deliveries = deliveries.map_err(Failure::of("consume"))?;
-        let mut ids = Vec::with_capacity(deliveries.len());
-        for delivery in &deliveries {
-            let id = delivery.properties.message_id().as_ref();
-            let id = id.and_then(|id| Uuid::parse_str(id.as_str()).ok());
-            ids.push(id.ok_or_else(|| Failure("a delivery has no message id".to_owned()))?);
-        }
-        // A transaction of its own, as any one statement.
-        sqlx::query(
-            "INSERT INTO handfast_inbox AS inbox (subscription, message_id)
-             SELECT $1, id FROM unnest($2::uuid[]) AS id ORDER BY id
-             ON CONFLICT (subscription, message_id) DO UPDATE SET seen = inbox.seen + 1",
-        )
-        .bind(&subscription)
-        .bind(&ids)
-        .execute(&inbox)
-        .await
-        .map_err(Failure::of("write the inbox"))?;
+        let (deliveries, ids) = read(deliveries)?;
+        write_inbox(&inbox, &subscription, &ids).await?;
         if let Some(last) = deliveries.last() {
             let all = last.acker.ack(BasicAckOptions { multiple: true }).await;
             all.map_err(Failure::of("ack"))?;
         }
-        let consumed = ids.iter().filter_map(|id| {
-            Some(Answer {
-                id: MessageId::from_bytes(id.as_bytes())?,
-                generation: 1,
-                sent_at: None,
-                kind: AnswerKind::Consumed,
-            })
-        });
-        let answer = (subscription.clone(), consumed.collect());
+        let answer = (
+            subscription.clone(),
+            ids.iter().filter_map(consumed).collect(),
+        );
         answers.send(answer).await.map_err(Failure::of("go on"))?;
     }
     Err(Failure("RabbitMQ ended a consumer".to_owned()))
+}
+
+/// Deliveries, and the ids of their messages.
+pub(crate) fn read(
+    deliveries: Vec<lapin::Result<Delivery>>,
+) -> Result<(Vec<Delivery>, Vec<Uuid>), Failure> {
+    let deliveries: Result<Vec<_>, _> = deliveries.into_iter().collect();
+    let deliveries = deliveries.map_err(Failure::of("consume"))?;
+    let id = |delivery: &Delivery| {
+        let id = delivery.properties.message_id().as_ref();
+        let id = id.and_then(|id| Uuid::parse_str(id.as_str()).ok());
+        id.ok_or_else(|| Failure("a delivery has no message id".to_owned()))
+    };
+    let ids: Result<Vec<_>, _> = deliveries.iter().map(id).collect();
+    Ok((deliveries, ids?))
+}
+
+/// A transaction of its own, as any one statement.
+pub(crate) async fn write_inbox(
+    inbox: &PgPool,
+    subscription: &str,
+    ids: &[Uuid],
+) -> Result<(), Failure> {
+    sqlx::query(
+        "INSERT INTO handfast_inbox AS inbox (subscription, message_id)
+         SELECT $1, id FROM unnest($2::uuid[]) AS id ORDER BY id
+         ON CONFLICT (subscription, message_id) DO UPDATE SET seen = inbox.seen + 1",
+    )
+    .bind(subscription)
+    .bind(ids)
+    .execute(inbox)
+    .await
+    .map_err(Failure::of("write the inbox"))?;
+    Ok(())
+}
+
+/// The answer of who has applied a message.
+pub(crate) fn consumed(id: &Uuid) -> Option<Answer> {
+    Some(Answer {
+        id: MessageId::from_bytes(id.as_bytes())?,
+        generation: 1,
+        sent_at: None,
+        kind: AnswerKind::Consumed,
+    })
 }
 
 /// The stage that makes answers durable, until all are.
@@ -302,16 +340,16 @@ fn batches<T>(receiver: mpsc::Receiver<T>) -> impl futures_util::Stream<Item = T
     })
 }
 
-fn refused<'a, R: std::fmt::Debug + 'a>(
-    mut refusals: impl Iterator<Item = &'a R>,
-) -> Result<(), Failure> {
+/// Whether every item was.
+pub(crate) fn accepted(written: &Written) -> Result<(), Failure> {
+    let mut refusals = written.items.iter().filter_map(|item| item.as_ref().err());
     match refusals.next() {
         None => Ok(()),
         Some(refusal) => Err(Failure(format!("a message was refused: {refusal:?}"))),
     }
 }
 
-fn message(payload: usize) -> Option<NewMessage> {
+pub(crate) fn message(payload: Vec<u8>) -> Option<NewMessage> {
     Some(NewMessage {
         id: MessageId::from_bytes(Uuid::now_v7().as_bytes())?,
         producer: PRODUCER.to_owned(),
@@ -319,13 +357,13 @@ fn message(payload: usize) -> Option<NewMessage> {
         key: None,
         content_type: "application/octet-stream".to_owned(),
         headers: Vec::new(),
-        payload: payload_of(payload),
+        payload,
         deliver_after: None,
         fence: None,
     })
 }
 
-async fn inbox(url: &str) -> Result<PgPool, Failure> {
+pub(crate) async fn inbox(url: &str) -> Result<PgPool, Failure> {
     let pool = PgPoolOptions::new().max_connections(4).connect(url).await;
     let pool = pool.map_err(Failure::of("connect to the inbox"))?;
     let migrated = handfast_consumer::migrate(&pool).await;

@@ -115,7 +115,7 @@ async fn one(servers: &mut Servers, args: &Args) -> Result<[f64; 5], Failure> {
     let seen = {
         let handled = handled.clone();
         move |delivered: &Delivered| {
-            if let Some(index) = number(delivered) {
+            if let Some(index) = number(&delivered.payload) {
                 note(&handled, index, micros(zero.elapsed()));
             }
         }

@@ -17,12 +17,12 @@ use crate::options::Options;
 use crate::place::Place;
 use crate::rounds::{Figures, head};
 use crate::servers::Servers;
-use crate::{open_loop, rabbitmq_alone, topology};
+use crate::{bare_latency, open_loop, rabbitmq_alone, topology};
 
 /// A prepare is scheduled this much before its confirm.
-const AHEAD: Duration = Duration::from_millis(100);
+pub(crate) const AHEAD: Duration = Duration::from_millis(100);
 /// The first confirm is scheduled this much after the start.
-const FIRST: Duration = Duration::from_millis(500);
+pub(crate) const FIRST: Duration = Duration::from_millis(500);
 /// No time yet.
 pub(crate) const NONE: u64 = u64::MAX;
 
@@ -66,6 +66,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
             ("to the confirm's statement", measured.decided),
             ("prepare", measured.prepared),
             ("confirm", measured.confirmed),
+            ("bare pipeline", measured.bare),
             ("RabbitMQ alone", measured.rabbitmq_alone),
         ] {
             for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
@@ -121,7 +122,9 @@ struct Round {
     prepared: Vec<f64>,
     /// From each confirm's time to its answer.
     confirmed: Vec<f64>,
-    /// From each message's time to a consumer, without the service.
+    /// From each confirm's time to the handler, without the service.
+    bare: Vec<f64>,
+    /// From each message's time to a consumer, without a database.
     rabbitmq_alone: Vec<f64>,
 }
 
@@ -137,9 +140,10 @@ async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
     let seen = {
         let (handled, decided) = (handled.clone(), decided.clone());
         move |delivered: &Delivered| {
-            let (Some(index), Ok(sent_at)) =
-                (number(delivered), u64::try_from(delivered.first_sent_at))
-            else {
+            let (Some(index), Ok(sent_at)) = (
+                number(&delivered.payload),
+                u64::try_from(delivered.first_sent_at),
+            ) else {
                 return;
             };
             // A copy that comes again is not the first.
@@ -194,8 +198,9 @@ async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
     running.all_applied(count + 1).await?;
     running.stop().await?;
     place.remove(servers, &all).await?;
-    let rabbitmq_alone =
-        rabbitmq_alone::run(servers, count, rate, args.options.payload as usize).await?;
+    let payload = args.options.payload as usize;
+    let bare = bare_latency::run(servers, count, rate, payload).await?;
+    let rabbitmq_alone = rabbitmq_alone::run(servers, count, rate, payload).await?;
     let late = |times: &[AtomicU64], ahead: Duration| {
         let late = |(number, time): (usize, &AtomicU64)| {
             let due = micros(due(number as u64).saturating_sub(ahead));
@@ -208,6 +213,7 @@ async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
         decided: late(&decided, Duration::ZERO),
         prepared: late(&prepared, AHEAD),
         confirmed: late(&confirmed, Duration::ZERO),
+        bare,
         rabbitmq_alone,
     })
 }
@@ -233,14 +239,19 @@ pub(crate) fn note(times: &[AtomicU64], index: usize, time: u64) {
 
 /// A message that carries its number.
 pub(crate) fn message(number: u64, payload: usize) -> Message {
-    let mut bytes = number.to_le_bytes().to_vec();
-    bytes.extend(topology::payload(payload.saturating_sub(bytes.len())));
-    Message::new(topology::TOPIC).payload("application/octet-stream", bytes)
+    Message::new(topology::TOPIC).payload("application/octet-stream", numbered(number, payload))
 }
 
-/// The number that a message carries.
-pub(crate) fn number(delivered: &Delivered) -> Option<usize> {
-    let number = delivered.payload.first_chunk()?;
+/// A payload with a number in it.
+pub(crate) fn numbered(number: u64, payload: usize) -> Vec<u8> {
+    let mut bytes = number.to_le_bytes().to_vec();
+    bytes.extend(topology::payload(payload.saturating_sub(bytes.len())));
+    bytes
+}
+
+/// The number that a payload carries.
+pub(crate) fn number(payload: &[u8]) -> Option<usize> {
+    let number = payload.first_chunk()?;
     usize::try_from(u64::from_le_bytes(*number)).ok()
 }
 

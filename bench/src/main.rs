@@ -1,12 +1,13 @@
 //! What Handfast costs over the servers it runs on, and whether it stays there.
 //!
 //! In reading order: `servers` (what it runs on) · `place` (the databases and names of one run) ·
-//! `topology` · `bare` (the same work without a service) · `service` (the service as its own
+//! `topology` · `bare` (the same work without a service) · `bare_latency` (the same at a fixed rate) · `service` (the service as its own
 //! process) · `handfast` (with the SDKs) · `sides` (who is measured when) · `rounds` (the median)
 //! · `open_loop` (calls at their times) · `usage` (CPU, WAL, memory) · `fill` (what is
 //! stored before) · a file per mode.
 
 mod bare;
+mod bare_latency;
 mod drain;
 mod embedded;
 mod fanout;

@@ -10,7 +10,7 @@ use lapin::{BasicProperties, Confirmation};
 use tokio::time::timeout;
 
 use crate::Failure;
-use crate::latency::{NONE, micros, note};
+use crate::latency::{NONE, micros, note, number, numbered};
 use crate::place::{Place, connect};
 use crate::servers::Servers;
 use crate::{bare, open_loop, topology};
@@ -48,8 +48,7 @@ pub(crate) async fn run(
                 let next = next.map_err(|_| Failure("RabbitMQ delivers nothing".to_owned()))?;
                 let next = next.ok_or_else(|| Failure("RabbitMQ ended the consumer".to_owned()))?;
                 let next = next.map_err(Failure::of("consume"))?;
-                if let Some(number) = next.data.first_chunk() {
-                    let number = u64::from_le_bytes(*number) as usize;
+                if let Some(number) = number(&next.data) {
                     note(&times, number, micros(zero.elapsed()));
                 }
                 let acked = next.ack(BasicAckOptions::default()).await;
@@ -65,8 +64,7 @@ pub(crate) async fn run(
         let (channel, queue) = (channel.clone(), queue.clone());
         let properties = properties.clone();
         async move {
-            let mut body = number.to_le_bytes().to_vec();
-            body.extend(topology::payload(payload.saturating_sub(body.len())));
+            let body = numbered(number, payload);
             go.await.map_err(Failure::of("wait for a message's time"))?;
             let options = BasicPublishOptions::default();
             let confirm = channel

@@ -1,5 +1,9 @@
 //! What reliable messaging costs a service, as users write it: the business transactions alone, and
 //! the same with `transact`, delivered and applied.
+//!
+//! Beside them what none of it can do without: the business transactions with the statements of the
+//! fence, and the bare pipeline. Each of these keeps the processors busy, so both together need
+//! the sum of their times at least.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,10 +14,12 @@ use serde_json::json;
 use sqlx::PgConnection;
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
 use crate::Failure;
 use crate::handfast::{Effect, Plan, Running};
 use crate::options::Options;
+use crate::pipeline::run_bare;
 use crate::place::Place;
 use crate::servers::Servers;
 use crate::sides::{Run, alternate};
@@ -45,16 +51,27 @@ const ROW: usize = 200;
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let options = &args.options;
     let (servers, about) = Servers::start(options).await?;
-    let sides = ["alone", "transact", "one_by_one"];
+    let names = topology::subscriptions(1);
+    let sides = ["alone", "transact", "one_by_one", "fenced", "bare"];
     let sides = alternate(options, &sides, async |side| match side {
-        0 => alone(&servers, &args).await,
+        0 => business_only(&servers, &args, pay).await,
         1 => transact(&servers, &args, Effect::Row).await,
-        _ => transact(&servers, &args, Effect::RowOneByOne).await,
+        2 => transact(&servers, &args, Effect::RowOneByOne).await,
+        3 => business_only(&servers, &args, pay_fenced).await,
+        _ => run_bare(&servers, &names, args.messages, options.payload as usize).await,
     });
     let sides = sides.await?;
     sides.print();
+    let [alone, fenced, bare] = [0, 3, 4].map(|side| sides.per_second(side));
+    let most = 1.0 / (1.0 / fenced + 1.0 / bare);
+    println!(
+        "at most {most:.0}/s, {:.3} of alone: fenced and bare one after the other",
+        most / alone
+    );
     if options.json {
         let others = json!({
+            "at_most_per_s": most,
+            "at_most_ratio": most / alone,
             "messages": args.messages,
             "tasks": args.tasks,
             "payload_bytes": options.payload,
@@ -76,15 +93,49 @@ async fn business(place: &Place, args: &Args) -> Result<PgPool, Failure> {
         .execute(&pool)
         .await
         .map_err(Failure::of("make the business's table"))?;
+    let migrated = handfast_producer::migrate(&pool).await;
+    migrated.map_err(Failure::of("make the fence"))?;
     Ok(pool)
 }
 
-async fn pay(tx: &mut PgConnection, note: &str) -> Result<(), sqlx::Error> {
+async fn write(tx: &mut PgConnection, note: &str) -> Result<(), sqlx::Error> {
     let pay = sqlx::query("INSERT INTO payment (note) VALUES ($1)").bind(note);
     pay.execute(tx).await.map(|_| ())
 }
 
-async fn alone(servers: &Servers, args: &Args) -> Result<Run, Failure> {
+/// One business transaction.
+async fn pay(pool: PgPool, note: String) -> Result<(), sqlx::Error> {
+    let mut tx = pool.begin().await?;
+    write(&mut tx, &note).await?;
+    tx.commit().await
+}
+
+/// One business transaction with the statements of the fence, as `transact` makes them.
+async fn pay_fenced(pool: PgPool, note: String) -> Result<(), sqlx::Error> {
+    let begin = "BEGIN; SET LOCAL synchronous_commit = on";
+    let mut tx = pool.begin_with(begin).await?;
+    sqlx::query(
+        "INSERT INTO handfast_fence (message_id, verdict) VALUES ($1, 'COMMITTED')
+         ON CONFLICT (message_id) DO NOTHING",
+    )
+    .bind(Uuid::now_v7())
+    .execute(&mut *tx)
+    .await?;
+    write(&mut tx, &note).await?;
+    sqlx::query("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await
+}
+
+async fn business_only<F>(
+    servers: &Servers,
+    args: &Args,
+    pay: impl Fn(PgPool, String) -> F + Copy + Send + 'static,
+) -> Result<Run, Failure>
+where
+    F: Future<Output = Result<(), sqlx::Error>> + Send,
+{
     let place = Place::make(servers).await?;
     let pool = business(&place, args).await?;
     let before = Usage::now(servers).await?;
@@ -96,9 +147,7 @@ async fn alone(servers: &Servers, args: &Args) -> Result<Run, Failure> {
         tasks.spawn(async move {
             let note = "x".repeat(ROW);
             while next.fetch_add(1, Ordering::Relaxed) < messages {
-                let mut tx = pool.begin().await?;
-                pay(&mut tx, &note).await?;
-                tx.commit().await?;
+                pay(pool.clone(), note.clone()).await?;
             }
             Ok::<(), sqlx::Error>(())
         });
@@ -122,8 +171,6 @@ async fn transact(servers: &Servers, args: &Args, effect: Effect) -> Result<Run,
     let names = topology::subscriptions(1);
     let place = Place::make(servers).await?;
     let pool = business(&place, args).await?;
-    let migrated = handfast_producer::migrate(&pool).await;
-    migrated.map_err(Failure::of("make the fence"))?;
     let plan = Plan {
         consumed: names.clone(),
         effect,
@@ -162,7 +209,9 @@ async fn pay_all(producer: &Producer, pool: &PgPool, args: &Args) -> Result<(), 
             while next.fetch_add(1, Ordering::Relaxed) < messages {
                 let note = note.clone();
                 let paid = producer
-                    .transact(&pool, message.clone(), async move |tx| pay(tx, &note).await)
+                    .transact(&pool, message.clone(), async move |tx| {
+                        write(tx, &note).await
+                    })
                     .await
                     .map_err(Failure::of("transact"))?;
                 if !matches!(paid, Outcome::Committed(())) {

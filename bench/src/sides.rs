@@ -116,6 +116,13 @@ impl Sides {
         }
     }
 
+    /// The median of a side.
+    pub(crate) fn per_second(&self, side: usize) -> f64 {
+        self.sides
+            .get(side)
+            .map_or(0.0, |side| side.per_second.median())
+    }
+
     fn first(&self) -> &'static str {
         self.sides.first().map_or("", |side| side.name)
     }
