@@ -86,11 +86,12 @@ pub(crate) async fn run(
             async move { call(&store, &name, number, payload, go, &handed).await }
         })
     };
-    let settled = timeout(LAST, settle(store.clone(), name, count, to_settle));
+    let settled = tokio::spawn(settle(store.clone(), name, count, to_settle));
     let done = async {
         calls.await?;
-        let settled = settled.await;
-        settled.map_err(|_| Failure(format!("the last message took more than {LAST:?}")))?
+        let settled = timeout(LAST, settled).await;
+        let settled = settled.map_err(|_| Failure(format!("it took more than {LAST:?}")))?;
+        settled.map_err(Failure::of("settle"))?
     };
     let done = tokio::select! {
         done = done => done,
