@@ -65,7 +65,9 @@ impl Backlog {
                     tokio::spawn(async move {
                         let _turn = turn;
                         if let Err(error) = backlog.measure(measure).await {
-                            tracing::debug!(%error, "cannot measure the backlog: {error}");
+                            tracing::warn!(%error, "cannot measure the backlog: {error}");
+                            // The next one waits for a measurement, and is told why there is none.
+                            *backlog.lock() = None;
                         }
                     });
                 }
@@ -153,6 +155,23 @@ mod tests {
             let never = || std::future::pending::<Result<u64, store::Error>>();
             backlog.check(never).await.unwrap().unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn nobody_is_let_in_for_long_by_a_measurement_that_cannot_be_repeated() {
+        let backlog = backlog(Duration::ZERO);
+        let away = || async {
+            Err(store::Error::Busy {
+                doing: "count",
+                why: "is stopping",
+            })
+        };
+        backlog.check(|| async { Ok(1) }).await.unwrap().unwrap();
+        backlog.check(away).await.unwrap().unwrap();
+        while backlog.last().is_some() {
+            tokio::task::yield_now().await;
+        }
+        backlog.check(away).await.unwrap_err();
     }
 
     #[tokio::test]

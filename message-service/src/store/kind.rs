@@ -44,15 +44,22 @@ impl Kind {
 
     /// Whether it can leave deliveries that are to be sent.
     pub(super) const fn makes_due(self) -> bool {
-        matches!(
-            self,
+        match self {
             Self::Publish
-                | Self::Decide
-                | Self::SettleChecks
-                | Self::Acknowledge
-                | Self::Return
-                | Self::Recover
-        )
+            | Self::Decide
+            | Self::SettleChecks
+            | Self::Acknowledge
+            | Self::Return
+            | Self::Recover => true,
+            Self::Topology
+            | Self::Prepare
+            | Self::ClaimChecks
+            | Self::Claim
+            | Self::Sent
+            | Self::Retire
+            | Self::Announce
+            | Self::Turn => false,
+        }
     }
 
     /// The fail points before and after it is durable.

@@ -30,6 +30,8 @@ pub(super) const PATIENCE: Duration = Duration::from_millis(500);
 /// The wait before what a queue refused is due again. Its queue is on probation meanwhile and
 /// is tried with single messages, so this is no poll.
 const REFUSED_WAIT: Duration = Duration::from_secs(1);
+/// Leases that are given back in one write.
+const SLICE: usize = 500;
 /// How often a return is tried before it is left to its lease.
 const RETURN_TRIES: u32 = 3;
 
@@ -430,20 +432,21 @@ impl RabbitMq {
     }
 
     async fn return_unsent(&self, subscription: &str, unsent: Vec<Unsent>) {
-        if unsent.is_empty() {
-            return;
-        }
-        for _ in 0..RETURN_TRIES {
-            let returned = self.store.return_unsent(subscription, unsent.clone()).await;
-            match returned {
-                Ok(_) => return,
+        let mut tries = 0;
+        let mut slices = unsent.chunks(SLICE).peekable();
+        while let Some(slice) = slices.peek()
+            // Their leases end by themselves.
+            && tries < RETURN_TRIES
+        {
+            match self.store.return_unsent(subscription, slice.to_vec()).await {
+                Ok(_) => drop(slices.next()),
                 Err(error) => {
                     tracing::debug!(subscription, %error, "cannot give leases back: {error}");
                     tokio::time::sleep(PATIENCE).await;
+                    tries += 1;
                 }
             }
         }
-        // Their leases end by themselves.
     }
 }
 

@@ -69,7 +69,7 @@ impl Claim {
         lane: Claims,
         lease: Duration,
     ) -> Result<Claimed, sqlx::Error> {
-        let from = self.marks.from(subscription);
+        let from = self.marks.claim_from(subscription);
         let floor = from.floor;
         let (which, limit, max_bytes, floor) = match lane {
             Claims::Normal { limit, max_bytes } => (Which::Normal, limit, max_bytes, floor),

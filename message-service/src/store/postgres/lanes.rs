@@ -207,9 +207,8 @@ impl<W: Work> Task<W> {
         self.session.be_patient();
         let began = Instant::now();
         let done = self.work.run(&mut self.session, calls).await;
-        // Also if it failed: it may be durable.
         if self.work.kind().makes_due() {
-            self.marks.wrote(began.elapsed());
+            self.marks.wrote(done.is_ok().then(|| began.elapsed()));
         }
         let answers = done?;
         for _ in calls {

@@ -52,7 +52,7 @@ pub(super) async fn look(
     producers: &BTreeSet<String>,
 ) -> Result<Due, sqlx::Error> {
     let names: Vec<&str> = subscriptions.iter().map(String::as_str).collect();
-    let from: Vec<_> = names.iter().map(|name| marks.from(name)).collect();
+    let from: Vec<_> = names.iter().map(|name| marks.look_from(name)).collect();
     let floors: Vec<_> = from.iter().map(|from| At(from.floor)).collect();
     let producers: Vec<&str> = producers.iter().map(String::as_str).collect();
     let rows = db
