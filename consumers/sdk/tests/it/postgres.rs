@@ -16,9 +16,17 @@ async fn careless(world: &World<Postgres>) -> PgPool {
     let options = world.home.options().options([
         ("default_transaction_isolation", "repeatable read"),
         ("synchronous_commit", "off"),
-        ("lock_timeout", "5s"),
     ]);
-    PgPoolOptions::new().connect_with(options).await.unwrap()
+    PgPoolOptions::new()
+        .after_connect(|connection, _| {
+            Box::pin(async move {
+                let bound = sqlx::query("SET lock_timeout = '5s'");
+                bound.execute(connection).await.map(|_| ())
+            })
+        })
+        .connect_with(options)
+        .await
+        .unwrap()
 }
 
 async fn until(pool: &PgPool, sql: &'static str, wanted: i64) {
@@ -77,6 +85,26 @@ async fn the_server_does_not_wait_longer_than_the_consumer() {
     lock.rollback().await.unwrap();
     let report = world.stop(running).await;
     assert_eq!((report.later, world.all_effects().await), (1, 0));
+}
+
+#[tokio::test]
+async fn no_row_of_a_batch_is_waited_for_longer_than_the_consumer() {
+    let world = World::<Postgres>::new().await;
+    let service = &world.service;
+    let mut other = world.other_pool().await.begin().await.unwrap();
+    sqlx::query("INSERT INTO handfast_inbox (subscription, message_id) VALUES ('accounting', $1)")
+        .bind(Uuid::from_u128(2))
+        .execute(&mut *other)
+        .await
+        .unwrap();
+    service.deliver_all([1, 2].map(|n| service.delivery(n, "ok")));
+    let subscriber = world.subscriber().await;
+    let running = world.start_with(subscriber.inbox_wait(Duration::from_millis(200)));
+    service.until_answers(2).await;
+    until(&world.pool, WAITING, 0).await;
+    other.rollback().await.unwrap();
+    let report = world.stop(running).await;
+    assert_eq!((report.later, world.all_effects().await), (2, 0));
 }
 
 #[tokio::test]
