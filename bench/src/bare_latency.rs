@@ -11,7 +11,7 @@ use handfast_service::broker::rabbitmq::Publisher;
 use handfast_service::clock::SystemClock;
 use handfast_service::message::MessageEvent;
 use handfast_service::store::postgres::PostgresStore;
-use handfast_service::store::{Decision, Handed, Handoff, Store as _};
+use handfast_service::store::{AnswerOutcome, Decision, Handed, Handoff, Store as _};
 use lapin::Consumer;
 use lapin::message::Delivery;
 use lapin::options::BasicAckOptions;
@@ -206,7 +206,11 @@ async fn settle(
         let answers = batch.iter().flat_map(|(ids, _)| ids);
         let answers = answers.filter_map(bare::consumed);
         let recorded = store.acknowledge(&subscription, answers.collect()).await;
-        done += recorded.map_err(Failure::of("acknowledge"))?.len() as u64;
+        let recorded = recorded.map_err(Failure::of("acknowledge"))?;
+        if let Some(other) = recorded.iter().find(|one| **one != AnswerOutcome::Recorded) {
+            return Err(Failure(format!("an answer was not recorded: {other:?}")));
+        }
+        done += recorded.len() as u64;
         if let Some((_, last)) = batch.last() {
             let acked = last.ack(BasicAckOptions { multiple: true }).await;
             acked.map_err(Failure::of("ack"))?;

@@ -2,8 +2,8 @@
 //! the same with `transact`, delivered and applied.
 //!
 //! Beside them what none of it can do without: the business transactions with the statements of the
-//! fence, and the bare pipeline. Each of these keeps the processors busy, so both together need
-//! the sum of their times at least.
+//! fence, and the bare pipeline. Where each of these keeps the processors busy by itself, both
+//! together need the sum of their times.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -63,15 +63,15 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let sides = sides.await?;
     sides.print();
     let [alone, fenced, bare] = [0, 3, 4].map(|side| sides.per_second(side));
-    let most = 1.0 / (1.0 / fenced + 1.0 / bare);
+    let both = 1.0 / (1.0 / fenced + 1.0 / bare);
     println!(
-        "at most {most:.0}/s, {:.3} of alone: fenced and bare one after the other",
-        most / alone
+        "fenced and bare one after the other: {both:.0}/s, {:.3} of alone",
+        both / alone
     );
     if options.json {
         let others = json!({
-            "at_most_per_s": most,
-            "at_most_ratio": most / alone,
+            "fenced_then_bare_per_s": both,
+            "fenced_then_bare_ratio": both / alone,
             "messages": args.messages,
             "tasks": args.tasks,
             "payload_bytes": options.payload,
