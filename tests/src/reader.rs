@@ -224,6 +224,32 @@ impl World {
         }
     }
 
+    /// Deletes the queue of a subscription, with what is in it, if somebody consumes it.
+    ///
+    /// RabbitMQ 3.10 cannot make a queue again for a long time (`cluster_not_formed`) if it was
+    /// deleted while it was being made; one with a consumer is made.
+    pub async fn delete_queue_in_use(&self, subscription: &str) {
+        let (url, deployment) = self.rabbitmq();
+        let connection = Connection::connect(&url, ConnectionProperties::default());
+        let connection = connection.await.expect("RabbitMQ is there");
+        let channel = connection.create_channel().await.expect("a channel");
+        let queue = format!("{deployment}.{subscription}");
+        let passive = QueueDeclareOptions {
+            passive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let declared = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default());
+        if declared
+            .await
+            .is_ok_and(|declared| declared.consumer_count() > 0)
+        {
+            let options = QueueDeleteOptions::default();
+            let deleted = channel.queue_delete(queue.as_str().into(), options);
+            deleted.await.expect("a queue is deleted");
+        }
+        hang_up(connection).await;
+    }
+
     /// Deletes the queue of a subscription, with what is in it.
     pub async fn delete_queue(&self, subscription: &str) {
         let (url, deployment) = self.rabbitmq();

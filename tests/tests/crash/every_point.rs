@@ -388,7 +388,7 @@ async fn lost_queue(point: Point) {
     let deaths = async {
         // It is made again at once, so it is deleted until a delivery has found it missing.
         eventually("a delivery was returned", SOON, async || {
-            world.delete_queue("accounting").await;
+            world.delete_queue_in_use("accounting").await;
             let runs = world.runs("service");
             (!runs).then_some(()).ok_or_else(|| "none was".to_owned())
         })
