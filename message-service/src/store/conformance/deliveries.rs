@@ -103,6 +103,14 @@ pub(crate) async fn a_delivery_waits_for_its_time(harness: &impl Harness) {
         .unwrap();
     assert!(claimed.deliveries.is_empty());
     assert!(claimed.next_due_in.is_none_or(|wait| wait <= LEASE));
+    // Every store looks as far as a look does.
+    harness.pass(60 * SECOND - LOOK_AHEAD / 2).await;
+    let claimed = store.claim_deliveries("accounting", lane, LEASE).await;
+    let claimed = claimed.unwrap();
+    let is_said = (claimed.next_due_in).is_some_and(|wait| wait <= LOOK_AHEAD / 2);
+    // On a slow machine it is due by then.
+    let is_due = claimed.deliveries.iter().any(|one| one.id == id(1));
+    assert!(is_said || is_due, "{claimed:?}");
     harness.pass(61 * SECOND).await;
     let ids: Vec<_> = claim(&*store, "accounting", 10)
         .await
