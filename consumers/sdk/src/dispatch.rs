@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 use crate::consumer::Options;
-use crate::effect::{COMMIT_WAIT, Effects, Limits};
+use crate::effect::{COMMIT_WAIT, Connections, Effects, IDLE, Limits};
 use crate::error::Error;
 use crate::handler::BatchHandler;
 use crate::inbox::prune::Pruner;
@@ -54,7 +54,7 @@ pub(crate) async fn run<D: InboxDatabase, H: BatchHandler<D>>(
         "consuming"
     );
     let effects = Arc::new(Effects {
-        pool,
+        connections: Connections::new(pool),
         subscription: options.subscription.clone(),
         handler,
         limits: Limits {
@@ -122,6 +122,7 @@ async fn consume<D: InboxDatabase, H: BatchHandler<D>>(
     let mut queue = Queue::default();
     let mut work: JoinSet<Report> = JoinSet::new();
     let mut alone = false;
+    let mut keeps = false;
     let mut open = true;
     let mut received: u64 = 0;
     let mut deadline = None;
@@ -140,8 +141,9 @@ async fn consume<D: InboxDatabase, H: BatchHandler<D>>(
                 deadline = Some(Instant::now() + options.drain_deadline);
             }
             () = at(deadline) => break,
+            () = sleep(IDLE), if keeps => keeps = effects.connections.tidy(),
             Some(done) = work.join_next(), if !work.is_empty() => {
-                alone = false;
+                (alone, keeps) = (false, true);
                 let done = done.map_err(|error| Error::Task(error.to_string()))?;
                 database.observe(&done);
                 report.add(&done);

@@ -4,6 +4,7 @@
 //! included, and the messages are tried one by one, so that one bad message does not hold up
 //! its neighbours.
 
+mod connections;
 #[cfg(test)]
 mod tests;
 mod transaction;
@@ -13,10 +14,10 @@ use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use sqlx::Pool;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
+pub(crate) use self::connections::{Connections, IDLE};
 use crate::handler::BatchHandler;
 use crate::inbox::prune::micros;
 use crate::inbox::{InboxDatabase, Seen, Tx};
@@ -46,7 +47,7 @@ pub(crate) struct Limits {
 
 /// Applies batches of one subscription.
 pub(crate) struct Effects<D: InboxDatabase, H> {
-    pub(crate) pool: Pool<D>,
+    pub(crate) connections: Connections<D>,
     pub(crate) subscription: String,
     pub(crate) handler: H,
     pub(crate) limits: Limits,

@@ -1,7 +1,8 @@
-//! A commit that gives no word.
+//! A commit that gives no word, and connections from one transaction to the next.
 
 use handfast_scratch::Scratch;
-use sqlx::{PgPool, Postgres};
+use sqlx::postgres::PgPoolOptions;
+use sqlx::{Connection as _, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::*;
@@ -32,9 +33,9 @@ impl BatchHandler<Postgres> for Effect {
     }
 }
 
-fn message() -> Delivered {
+fn message(id: u128) -> Delivered {
     Delivered {
-        message_id: Uuid::from_u128(1),
+        message_id: Uuid::from_u128(id),
         subscription: "accounting".to_owned(),
         topic: "payment.completed".to_owned(),
         producer: "payment".to_owned(),
@@ -49,31 +50,47 @@ fn message() -> Delivered {
     }
 }
 
-#[tokio::test]
-async fn a_commit_that_gives_no_word_is_later_and_the_inbox_knows_what_happened() {
-    let scratch = Scratch::create().await;
-    let pool = PgPool::connect_with(scratch.options()).await.unwrap();
-    crate::migrate(&pool).await.unwrap();
-    sqlx::raw_sql(SCHEMA).execute(&pool).await.unwrap();
-    let (answers, mut answered) = mpsc::channel(16);
-    let mut effects = Effects {
-        pool: pool.clone(),
+fn effects(pool: &PgPool, answers: mpsc::Sender<Answered>) -> Effects<Postgres, Effect> {
+    Effects {
+        connections: Connections::new(pool.clone()),
         subscription: "accounting".to_owned(),
         handler: Effect,
         limits: Limits {
             handler_timeout: PATIENCE,
             inbox_wait: PATIENCE,
-            commit_wait: Duration::from_millis(200),
+            commit_wait: PATIENCE,
             remembers: Duration::MAX,
         },
         answers,
-    };
+    }
+}
+
+/// A pool of at most so many connections, the tables, and what applies effects there.
+async fn pool_of(
+    scratch: &Scratch,
+    most: u32,
+    answers: mpsc::Sender<Answered>,
+) -> (PgPool, Effects<Postgres, Effect>) {
+    let pool = PgPoolOptions::new().max_connections(most);
+    let pool = pool.connect_with(scratch.options()).await.unwrap();
+    crate::migrate(&pool).await.unwrap();
+    sqlx::raw_sql(SCHEMA).execute(&pool).await.unwrap();
+    let effects = effects(&pool, answers);
+    (pool, effects)
+}
+
+#[tokio::test]
+async fn a_commit_that_gives_no_word_is_later_and_the_inbox_knows_what_happened() {
+    let scratch = Scratch::create().await;
+    let (answers, mut answered) = mpsc::channel(16);
+    let (pool, mut effects) = pool_of(&scratch, 10, answers).await;
+    effects.limits.commit_wait = Duration::from_millis(200);
     let mut lock = pool.begin().await.unwrap();
     sqlx::query("SELECT pg_advisory_xact_lock(1)")
         .execute(&mut *lock)
         .await
         .unwrap();
-    let batch = [message()];
+    let batch = [message(1)];
     let given_up = timeout(PATIENCE, effects.apply(&batch)).await.unwrap();
     assert_eq!(given_up.later, 1);
     assert_eq!(
@@ -95,4 +112,87 @@ async fn a_commit_that_gives_no_word_is_later_and_the_inbox_knows_what_happened(
         .await
         .unwrap();
     assert_eq!(effects, 1);
+}
+
+/// Connections that somebody has taken.
+fn taken(pool: &PgPool) -> u32 {
+    pool.size() - pool.num_idle() as u32
+}
+
+async fn until_all_are_back(pool: &PgPool) {
+    let back = async {
+        while taken(pool) > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, back).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_for_the_next_transaction_and_goes_back_after_a_second() {
+    let scratch = Scratch::create().await;
+    let (answers, _answered) = mpsc::channel(16);
+    let (pool, effects) = pool_of(&scratch, 10, answers).await;
+    until_all_are_back(&pool).await;
+    for id in 1..=3 {
+        assert_eq!(effects.apply(&[message(id)]).await.consumed, 1);
+        assert_eq!(taken(&pool), 1, "it is kept");
+    }
+    let began = Instant::now();
+    while effects.connections.tidy() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(began.elapsed() >= IDLE - Duration::from_millis(100));
+    until_all_are_back(&pool).await;
+}
+
+#[tokio::test]
+async fn kept_connections_that_were_lost_cost_no_message_its_turn() {
+    let scratch = Scratch::create().await;
+    let (answers, _answered) = mpsc::channel(16);
+    let (pool, effects) = pool_of(&scratch, 10, answers).await;
+    let two = tokio::join!(effects.connections.take(), effects.connections.take());
+    for taken in [two.0, two.1] {
+        let mut taken = taken.unwrap();
+        taken.held.clean = true;
+        effects.connections.put(taken);
+    }
+    let mut other = PgConnection::connect_with(&scratch.options())
+        .await
+        .unwrap();
+    let lost = sqlx::query_scalar::<_, bool>(
+        "SELECT pg_terminate_backend(pid, 20000) FROM pg_stat_activity
+          WHERE datname = current_database() AND pid != pg_backend_pid()",
+    );
+    assert!(lost.fetch_all(&mut other).await.unwrap().len() >= 2);
+    let report = effects.apply(&[message(1)]).await;
+    assert_eq!((report.consumed, report.later), (1, 0), "{report:?}");
+    drop(pool);
+}
+
+#[tokio::test]
+async fn others_have_their_turn_at_a_pool_of_one() {
+    let scratch = Scratch::create().await;
+    let (answers, _answered) = mpsc::channel(16);
+    let (pool, effects) = pool_of(&scratch, 1, answers).await;
+    assert_eq!(effects.apply(&[message(1)]).await.consumed, 1);
+    let others = timeout(PATIENCE, pool.acquire()).await;
+    assert!(others.unwrap().is_ok());
+}
+
+#[test]
+fn connections_may_be_dropped_by_a_thread_that_is_in_no_runtime() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (connections, scratch) = runtime.block_on(async {
+        let scratch = Scratch::create().await;
+        let pool = PgPool::connect_with(scratch.options()).await.unwrap();
+        let connections = Connections::new(pool);
+        let mut taken = connections.take().await.unwrap();
+        taken.held.clean = true;
+        connections.put(taken);
+        (connections, scratch)
+    });
+    assert!(connections.tidy(), "it is kept");
+    drop(connections);
+    drop(scratch);
 }

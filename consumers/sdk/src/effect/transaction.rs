@@ -10,7 +10,6 @@ use uuid::Uuid;
 
 use super::{Effects, Outcome};
 use crate::handler::BatchHandler;
-use crate::inbox::held::Held;
 use crate::inbox::{InboxDatabase, Seal, Seen};
 use crate::message::{Answer, Delivered};
 
@@ -25,29 +24,49 @@ enum Uncommitted {
     Unavailable(String),
 }
 
+/// How a transaction left its connection.
+enum End {
+    /// Certainly outside of a transaction.
+    Clean,
+    Unclear,
+    /// Not even the begin was done, so nothing else was.
+    NotBegun,
+}
+
 impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
     /// Tries the batch once, in one transaction.
     pub(super) async fn attempt(&self, batch: &[Delivered]) -> Outcome {
         let deadline = Instant::now() + self.limits.inbox_wait;
-        let mut held = match timeout_at(deadline, Held::acquire(&self.pool)).await {
-            Ok(Ok(held)) => held,
-            Ok(Err(error)) => return Outcome::Unavailable(error.to_string()),
-            Err(_) => return waited(self.limits.inbox_wait, "a connection"),
-        };
-        let (outcome, clean) = self
-            .transaction(&mut held.connection, batch, deadline)
-            .await;
-        held.clean = clean && in_time(D::unseal(&mut held.connection)).await;
-        outcome
+        loop {
+            let mut taken = match timeout_at(deadline, self.connections.take()).await {
+                Ok(Ok(taken)) => taken,
+                Ok(Err(error)) => return Outcome::Unavailable(error.to_string()),
+                Err(_) => return waited(self.limits.inbox_wait, "a connection"),
+            };
+            let connection = &mut taken.held.connection;
+            let (outcome, end) = self.transaction(connection, batch, deadline).await;
+            match end {
+                // It was lost since it was used, and the others as well, it may be.
+                End::NotBegun if taken.was_kept => {
+                    self.connections.doubt();
+                    continue;
+                }
+                End::NotBegun | End::Unclear => {}
+                End::Clean => {
+                    taken.held.clean = in_time(D::unseal(&mut taken.held.connection)).await;
+                    self.connections.put(taken);
+                }
+            }
+            return outcome;
+        }
     }
 
-    /// True beside the outcome if the connection is certainly outside of a transaction.
     async fn transaction(
         &self,
         connection: &mut D::Connection,
         batch: &[Delivered],
         deadline: Instant,
-    ) -> (Outcome, bool) {
+    ) -> (Outcome, End) {
         let mut ids: Vec<Uuid> = batch.iter().map(|message| message.message_id).collect();
         ids.sort_unstable();
         let seal = Seal::default();
@@ -55,15 +74,19 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
             let limits = &self.limits;
             // The statement is made of the program's own words and numbers.
             let begin = AssertSqlSafe(D::begin(limits.inbox_wait, limits.handler_timeout));
-            let mut tx = connection.begin_with(begin).await?;
-            D::seal(&mut tx, &seal).await?;
-            let seen = D::record(&mut tx, &self.subscription, &ids).await?;
-            Ok::<_, sqlx::Error>((tx, seen))
+            let begun = connection.begin_with(begin).await;
+            let mut tx = begun.map_err(|error| (error, End::NotBegun))?;
+            let recorded = async {
+                D::seal(&mut tx, &seal).await?;
+                D::record(&mut tx, &self.subscription, &ids).await
+            };
+            let seen = recorded.await.map_err(|error| (error, End::Unclear))?;
+            Ok((tx, seen))
         });
         let (mut tx, seen) = match begun.await {
             Ok(Ok(begun)) => begun,
-            Ok(Err(error)) => return (Outcome::Unavailable(error.to_string()), false),
-            Err(_) => return (waited(self.limits.inbox_wait, "the inbox"), false),
+            Ok(Err((error, end))) => return (Outcome::Unavailable(error.to_string()), end),
+            Err(_) => return (waited(self.limits.inbox_wait, "the inbox"), End::Unclear),
         };
         hit(Point::CONSUMER_INBOX_WRITTEN);
 
@@ -73,18 +96,23 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
             .collect();
         let answers = self.answers(&mut tx, batch, &repeats, &seen).await;
         if answers.iter().any(|answer| *answer != Answer::Consumed) {
-            let clean = in_time(tx.rollback()).await;
-            return (Outcome::Undone(answers), clean);
+            let end = match in_time(tx.rollback()).await {
+                true => End::Clean,
+                false => End::Unclear,
+            };
+            return (Outcome::Undone(answers), end);
         }
         match timeout(self.limits.commit_wait, commit::<D>(tx, &seal)).await {
-            Ok(Ok(())) => (Outcome::Committed(repeats), true),
+            Ok(Ok(())) => (Outcome::Committed(repeats), End::Clean),
             Ok(Err(Uncommitted::Refused(reason))) => {
                 let answers = vec![Answer::Failed(reason); batch.len()];
-                (Outcome::Undone(answers), false)
+                (Outcome::Undone(answers), End::Unclear)
             }
-            Ok(Err(Uncommitted::Unavailable(reason))) => (Outcome::Unavailable(reason), false),
+            Ok(Err(Uncommitted::Unavailable(reason))) => {
+                (Outcome::Unavailable(reason), End::Unclear)
+            }
             // It may be durable all the same; then the next copy finds its inbox row.
-            Err(_) => (waited(self.limits.commit_wait, "the commit"), false),
+            Err(_) => (waited(self.limits.commit_wait, "the commit"), End::Unclear),
         }
     }
 }
