@@ -164,6 +164,7 @@ async fn consume<D: InboxDatabase, H: BatchHandler<D>>(
     // What still runs at the deadline is rolled back; the service sends it again.
     // A handler that blocks its thread cannot be stopped, and must not keep the process.
     let _ = timeout(LAST_CALL, work.shutdown()).await;
+    effects.connections.give_all_back();
     drop(effects);
     // Without a last call there is nothing left to do: the counts say what was recorded.
     let _ = timeout(LAST_CALL, recorder).await;

@@ -60,6 +60,8 @@ enum Outcome {
     Committed(Vec<bool>),
     /// Nothing stays; what each message would be answered if it had been the only one.
     Undone(Vec<Answer>),
+    /// What stays is not known; the words on each message, which is not tried again by itself.
+    Abandoned(Vec<Answer>),
     /// The database did not take the transaction, which is no fault of any message.
     Unavailable(String),
 }
@@ -113,7 +115,7 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
                 }
                 vec![Answer::Consumed; repeats.len()]
             }
-            Outcome::Undone(answers) => {
+            Outcome::Undone(answers) | Outcome::Abandoned(answers) => {
                 for answer in &answers {
                     match answer {
                         // A batch is undone for a reason, so a single message that is has one.

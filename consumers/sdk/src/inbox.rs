@@ -76,6 +76,10 @@ pub trait InboxDatabase: sqlx::Database {
         seal: &Seal,
     ) -> impl Future<Output = Result<Option<&'static str>, sqlx::Error>> + Send;
 
+    /// Asked when a handler is done: whether it went on after its transaction had
+    /// ended, so that what it wrote since may be durable without an inbox row.
+    fn went_on(connection: &Self::Connection) -> bool;
+
     /// Whether an error of this code is about the data, such as a rule of the schema that
     /// refused them. Waiting does not heal it.
     fn is_about_data(code: &str) -> bool;

@@ -14,13 +14,16 @@ use tokio::time::Instant;
 use crate::inbox::InboxDatabase;
 use crate::inbox::held::Held;
 
-/// A connection that was not used for so long goes back: nobody knows whether it lives.
-pub(crate) const IDLE: Duration = Duration::from_secs(1);
+/// A connection that was not used for so long goes back: others may wait for it, and nobody knows
+/// whether it lives.
+pub(crate) const IDLE: Duration = Duration::from_millis(100);
 /// One that was taken so long ago goes back all the same: the pool may want to end it.
 const AT_MOST: Duration = Duration::from_secs(10);
 
 pub(crate) struct Connections<D: InboxDatabase> {
     pool: Pool<D>,
+    /// One that was not used for so long goes back.
+    pub(super) idle: Duration,
     /// Where a pool takes connections back.
     runtime: Handle,
     /// The one that was used last comes last.
@@ -47,6 +50,7 @@ impl<D: InboxDatabase> Connections<D> {
     pub(crate) fn new(pool: Pool<D>) -> Self {
         Self {
             pool,
+            idle: IDLE,
             runtime: Handle::current(),
             kept: Mutex::default(),
         }
@@ -54,7 +58,7 @@ impl<D: InboxDatabase> Connections<D> {
 
     /// One that was kept, or one of the pool's.
     pub(super) async fn take(&self) -> Result<Taken<D>, sqlx::Error> {
-        self.give_back(|kept| kept.used_at.elapsed() >= IDLE);
+        self.give_back(|kept| kept.used_at.elapsed() >= self.idle);
         let kept = self.kept().pop();
         if let Some(mut kept) = kept {
             kept.held.clean = false;
@@ -71,7 +75,7 @@ impl<D: InboxDatabase> Connections<D> {
         })
     }
 
-    /// Keeps a connection, if it is clean and nobody else may wait for it.
+    /// Keeps a connection, if it is clean and the pool has another to give.
     pub(super) fn put(&self, taken: Taken<D>) {
         let pool = &self.pool;
         let has_others = pool.size() < pool.options().get_max_connections() || pool.num_idle() > 0;
@@ -87,12 +91,12 @@ impl<D: InboxDatabase> Connections<D> {
 
     /// Gives those back that were not used for a while; true if others are kept.
     pub(crate) fn tidy(&self) -> bool {
-        self.give_back(|kept| kept.used_at.elapsed() >= IDLE);
+        self.give_back(|kept| kept.used_at.elapsed() >= self.idle);
         !self.kept().is_empty()
     }
 
-    /// Gives all of them back, and the pool finds out which of them live.
-    pub(super) fn doubt(&self) {
+    /// Gives all of them back.
+    pub(crate) fn give_all_back(&self) {
         self.give_back(|_| true);
     }
 
@@ -111,6 +115,6 @@ impl<D: InboxDatabase> Drop for Connections<D> {
     fn drop(&mut self) {
         // The consumer's future may be dropped by a thread that is in none.
         let _runtime = self.runtime.enter();
-        self.doubt();
+        self.give_all_back();
     }
 }

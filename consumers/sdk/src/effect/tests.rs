@@ -50,11 +50,11 @@ fn message(id: u128) -> Delivered {
     }
 }
 
-fn effects(pool: &PgPool, answers: mpsc::Sender<Answered>) -> Effects<Postgres, Effect> {
+fn effects<H>(pool: &PgPool, answers: mpsc::Sender<Answered>, handler: H) -> Effects<Postgres, H> {
     Effects {
         connections: Connections::new(pool.clone()),
         subscription: "accounting".to_owned(),
-        handler: Effect,
+        handler,
         limits: Limits {
             handler_timeout: PATIENCE,
             inbox_wait: PATIENCE,
@@ -66,16 +66,17 @@ fn effects(pool: &PgPool, answers: mpsc::Sender<Answered>) -> Effects<Postgres, 
 }
 
 /// A pool of at most so many connections, the tables, and what applies effects there.
-async fn pool_of(
+async fn pool_of<H>(
     scratch: &Scratch,
     most: u32,
     answers: mpsc::Sender<Answered>,
-) -> (PgPool, Effects<Postgres, Effect>) {
+    handler: H,
+) -> (PgPool, Effects<Postgres, H>) {
     let pool = PgPoolOptions::new().max_connections(most);
     let pool = pool.connect_with(scratch.options()).await.unwrap();
     crate::migrate(&pool).await.unwrap();
     sqlx::raw_sql(SCHEMA).execute(&pool).await.unwrap();
-    let effects = effects(&pool, answers);
+    let effects = effects(&pool, answers, handler);
     (pool, effects)
 }
 
@@ -83,7 +84,7 @@ async fn pool_of(
 async fn a_commit_that_gives_no_word_is_later_and_the_inbox_knows_what_happened() {
     let scratch = Scratch::create().await;
     let (answers, mut answered) = mpsc::channel(16);
-    let (pool, mut effects) = pool_of(&scratch, 10, answers).await;
+    let (pool, mut effects) = pool_of(&scratch, 10, answers, Effect).await;
     effects.limits.commit_wait = Duration::from_millis(200);
     let mut lock = pool.begin().await.unwrap();
     sqlx::query("SELECT pg_advisory_xact_lock(1)")
@@ -129,20 +130,18 @@ async fn until_all_are_back(pool: &PgPool) {
 }
 
 #[tokio::test]
-async fn a_connection_is_kept_for_the_next_transaction_and_goes_back_after_a_second() {
+async fn a_connection_is_kept_for_the_next_transaction_and_goes_back_when_none_comes() {
     let scratch = Scratch::create().await;
     let (answers, _answered) = mpsc::channel(16);
-    let (pool, effects) = pool_of(&scratch, 10, answers).await;
+    let (pool, effects) = pool_of(&scratch, 10, answers, Effect).await;
     until_all_are_back(&pool).await;
     for id in 1..=3 {
         assert_eq!(effects.apply(&[message(id)]).await.consumed, 1);
         assert_eq!(taken(&pool), 1, "it is kept");
     }
-    let began = Instant::now();
     while effects.connections.tidy() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert!(began.elapsed() >= IDLE - Duration::from_millis(100));
     until_all_are_back(&pool).await;
 }
 
@@ -150,7 +149,8 @@ async fn a_connection_is_kept_for_the_next_transaction_and_goes_back_after_a_sec
 async fn kept_connections_that_were_lost_cost_no_message_its_turn() {
     let scratch = Scratch::create().await;
     let (answers, _answered) = mpsc::channel(16);
-    let (pool, effects) = pool_of(&scratch, 10, answers).await;
+    let (pool, mut effects) = pool_of(&scratch, 10, answers, Effect).await;
+    effects.connections.idle = PATIENCE;
     let two = tokio::join!(effects.connections.take(), effects.connections.take());
     for taken in [two.0, two.1] {
         let mut taken = taken.unwrap();
@@ -165,16 +165,92 @@ async fn kept_connections_that_were_lost_cost_no_message_its_turn() {
           WHERE datname = current_database() AND pid != pg_backend_pid()",
     );
     assert!(lost.fetch_all(&mut other).await.unwrap().len() >= 2);
+    assert!(effects.connections.tidy(), "they are kept");
     let report = effects.apply(&[message(1)]).await;
     assert_eq!((report.consumed, report.later), (1, 0), "{report:?}");
     drop(pool);
+}
+
+/// Gives up a savepoint half-way, after which sqlx rolls everything back with the next statement.
+struct GivesUp;
+
+impl BatchHandler<Postgres> for GivesUp {
+    async fn handle_batch(&self, tx: &mut Tx<Postgres>, messages: &[Delivered]) -> Vec<Answer> {
+        assert!(tx.begin().now_or_never().is_none());
+        vec![Answer::failed("gave up"); messages.len()]
+    }
+}
+
+#[tokio::test]
+async fn a_connection_with_something_left_to_roll_back_is_not_kept() {
+    let scratch = Scratch::create().await;
+    let (answers, _answered) = mpsc::channel(16);
+    let (pool, effects) = pool_of(&scratch, 10, answers, GivesUp).await;
+    assert_eq!(effects.apply(&[message(1)]).await.failed, 1);
+    assert!(!effects.connections.tidy(), "nothing is kept");
+    until_all_are_back(&pool).await;
+    let open: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM pg_stat_activity
+          WHERE datname = current_database() AND state LIKE 'idle in transaction%'",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert_eq!(open, 0);
+}
+
+/// Goes on after an error, as if each message had a transaction of its own.
+struct GoesOn {
+    and_hides_it: bool,
+}
+
+impl BatchHandler<Postgres> for GoesOn {
+    async fn handle_batch(&self, tx: &mut Tx<Postgres>, messages: &[Delivered]) -> Vec<Answer> {
+        let mut answers = Vec::new();
+        for message in messages {
+            let statement = match message.message_id.as_u128() {
+                1 => "SELECT 1 / 0",
+                2 => "SAVEPOINT",
+                _ => "INSERT INTO effect (message_id) SELECT gen_random_uuid()",
+            };
+            let done = match statement {
+                "SAVEPOINT" => tx.begin().await.map(drop),
+                statement => sqlx::query(statement).execute(&mut *tx).await.map(drop),
+            };
+            answers.push(match done {
+                Err(error) if !self.and_hides_it => Answer::failed(error),
+                _ => Answer::Consumed,
+            });
+        }
+        answers
+    }
+}
+
+#[tokio::test]
+async fn what_a_handler_wrote_after_the_end_of_its_transaction_is_not_applied_again() {
+    for and_hides_it in [false, true] {
+        let scratch = Scratch::create().await;
+        let (answers, mut answered) = mpsc::channel(16);
+        let (pool, effects) = pool_of(&scratch, 10, answers, GoesOn { and_hides_it }).await;
+        let batch = [message(1), message(2), message(3)];
+        assert_eq!(effects.apply(&batch).await.rejected, 3);
+        for _ in batch {
+            let word = answered.recv().await.unwrap().answer;
+            assert!(matches!(word, Answer::Rejected(_)), "{word:?}");
+        }
+        let effects: i64 = sqlx::query_scalar("SELECT count(*) FROM effect")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+        assert_eq!(effects, 1, "sqlx let it through, once");
+    }
 }
 
 #[tokio::test]
 async fn others_have_their_turn_at_a_pool_of_one() {
     let scratch = Scratch::create().await;
     let (answers, _answered) = mpsc::channel(16);
-    let (pool, effects) = pool_of(&scratch, 1, answers).await;
+    let (pool, effects) = pool_of(&scratch, 1, answers, Effect).await;
     assert_eq!(effects.apply(&[message(1)]).await.consumed, 1);
     let others = timeout(PATIENCE, pool.acquire()).await;
     assert!(others.unwrap().is_ok());

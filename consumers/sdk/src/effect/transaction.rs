@@ -16,6 +16,10 @@ use crate::message::{Answer, Delivered};
 /// How long the end of a transaction is waited for before its connection is given up.
 const ROLLBACK_WAIT: Duration = Duration::from_secs(2);
 
+/// Why a message is for a person to look at.
+const WENT_ON: &str = "the handler went on after an error had ended its transaction, and what it wrote \
+                       since may be applied";
+
 /// Why a transaction was not committed.
 enum Uncommitted {
     /// By what it holds: the messages have failed.
@@ -46,11 +50,8 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
             let connection = &mut taken.held.connection;
             let (outcome, end) = self.transaction(connection, batch, deadline).await;
             match end {
-                // It was lost since it was used, and the others as well, it may be.
-                End::NotBegun if taken.was_kept => {
-                    self.connections.doubt();
-                    continue;
-                }
+                // It was lost since it was used. What the pool gives was asked whether it lives.
+                End::NotBegun if taken.was_kept => continue,
                 End::NotBegun | End::Unclear => {}
                 End::Clean => {
                     taken.held.clean = in_time(D::unseal(&mut taken.held.connection)).await;
@@ -95,8 +96,14 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
             .map(|message| repeated(message, &seen))
             .collect();
         let answers = self.answers(&mut tx, batch, &repeats, &seen).await;
+        if D::went_on(&tx) {
+            return (self.went_on(batch), End::Unclear);
+        }
         if answers.iter().any(|answer| *answer != Answer::Consumed) {
-            let end = match in_time(tx.rollback()).await {
+            // A `begin` of the handler's that failed or was dropped has ended it, or will with the
+            // next statement, and then there is nothing left to roll back here.
+            let is_open = tx.is_in_transaction();
+            let end = match is_open && in_time(tx.rollback()).await {
                 true => End::Clean,
                 false => End::Unclear,
             };
@@ -114,6 +121,19 @@ impl<D: InboxDatabase, H: BatchHandler<D>> Effects<D, H> {
             // It may be durable all the same; then the next copy finds its inbox row.
             Err(_) => (waited(self.limits.commit_wait, "the commit"), End::Unclear),
         }
+    }
+}
+
+impl<D: InboxDatabase, H> Effects<D, H> {
+    /// No message of the batch is tried again by itself: that might apply it a second time.
+    fn went_on(&self, batch: &[Delivered]) -> Outcome {
+        tracing::error!(
+            subscription = self.subscription,
+            messages = batch.len(),
+            "the handler went on after an error had ended its transaction; look whether what it \
+             wrote since is applied before you send these messages again"
+        );
+        Outcome::Abandoned(vec![Answer::rejected(WENT_ON); batch.len()])
     }
 }
 

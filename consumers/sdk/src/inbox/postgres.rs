@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use handfast_migrations::Owner;
+use sqlx::Connection as _;
 use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgConnection, Postgres};
 use uuid::Uuid;
@@ -120,6 +121,12 @@ impl InboxDatabase for Postgres {
             )),
             Err(error) => Err(error),
         }
+    }
+
+    // A `begin` inside of the transaction that fails, or is dropped half-way, makes sqlx 0.9 queue
+    // a ROLLBACK of all of it. While that waits for the next statement, there was none.
+    fn went_on(connection: &PgConnection) -> bool {
+        !connection.is_in_transaction() && !connection.should_flush()
     }
 
     fn is_about_data(code: &str) -> bool {

@@ -117,6 +117,11 @@ impl InboxDatabase for Sqlite {
         Ok(seal.is_lost().then_some(lost))
     }
 
+    // It may, and the seal refuses every commit of what it writes.
+    fn went_on(_connection: &SqliteConnection) -> bool {
+        false
+    }
+
     fn is_about_data(code: &str) -> bool {
         code.parse().is_ok_and(|code: u32| {
             // The low byte of an extended code is the primary one.
