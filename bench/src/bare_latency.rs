@@ -1,6 +1,8 @@
 //! The bare pipeline at a fixed rate: Handfast's own statements and publisher, each as soon as there
 //! is something for it, and the inbox row before the handler. It is the part of a latency that
 //! comes from the work itself on these processors; gRPC, the service and the SDKs are what is left.
+//! Behind calls, each of its two writes comes after a call to a service that does nothing, which
+//! leaves what the service and the SDKs do.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,9 +21,11 @@ use sqlx::postgres::PgPool;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_util::bytes::Bytes;
 use uuid::Uuid;
 
 use crate::Failure;
+use crate::front::{Caller, Front};
 use crate::latency::{AHEAD, FIRST, NONE, micros, note};
 use crate::place::{Place, connect};
 use crate::servers::Servers;
@@ -40,13 +44,14 @@ const LAST: Duration = Duration::from_secs(30);
 /// What was applied: its answer is to be made durable, and then its delivery acked.
 type Applied = (Vec<Uuid>, Delivery);
 
-/// Moves so many messages, and says for each how many milliseconds after its time its inbox row
-/// was written.
+/// Moves so many messages, perhaps behind calls, and says for each how many milliseconds after its
+/// time its inbox row was written.
 pub(crate) async fn run(
     servers: &Servers,
     count: u64,
     rate: u32,
     payload: usize,
+    behind_calls: bool,
 ) -> Result<Vec<f64>, Failure> {
     let place = Place::make(servers).await?;
     let names = topology::subscriptions(1);
@@ -56,6 +61,13 @@ pub(crate) async fn run(
     let (publishing, consuming) = (connect(&place.amqp).await?, connect(&place.amqp).await?);
     bare::declare(&publishing, &queue).await?;
     let consumer = bare::consume(&consuming, &queue, 0).await?;
+    let front = match behind_calls {
+        true => {
+            let place = Place::make(servers).await?;
+            Some((Front::start(&place, &names).await?, place))
+        }
+        false => None,
+    };
     let times: Arc<Vec<_>> = Arc::new((0..count).map(|_| AtomicU64::new(NONE)).collect());
     let zero = Instant::now();
 
@@ -81,9 +93,11 @@ pub(crate) async fn run(
     let due = move |number: u64| first + Duration::from_secs(1) * number as u32 / rate;
     let calls = {
         let (store, name) = (store.clone(), name.clone());
+        let caller = front.as_ref().map(|(front, _)| front.caller());
         open_loop::run(zero, count, due, AHEAD, move |number, go| {
             let (store, name, handed) = (store.clone(), name.clone(), handed.clone());
-            async move { call(&store, &name, number, payload, go, &handed).await }
+            let (caller, payload) = (caller.clone(), latency::numbered(number, payload));
+            async move { call(&store, &name, payload, go, &handed, caller).await }
         })
     };
     let settled = tokio::spawn(settle(store.clone(), name, count, to_settle));
@@ -102,6 +116,10 @@ pub(crate) async fn run(
     inbox.close().await;
     done?;
     place.remove(servers, &names).await?;
+    if let Some((front, place)) = front {
+        front.stop().await?;
+        place.remove(servers, &names).await?;
+    }
     let late = |(number, time): (usize, &AtomicU64)| {
         let due = micros(due(number as u64));
         time.load(Ordering::SeqCst).saturating_sub(due) as f64 / 1_000.0
@@ -114,17 +132,22 @@ pub(crate) async fn run(
 async fn call(
     store: &PostgresStore,
     subscription: &str,
-    number: u64,
-    payload: usize,
+    payload: Vec<u8>,
     go: oneshot::Receiver<()>,
     handed: &mpsc::UnboundedSender<Vec<Handed>>,
+    mut caller: Option<Caller>,
 ) -> Result<(), Failure> {
-    let payload = latency::numbered(number, payload);
+    if let Some(caller) = &mut caller {
+        caller.call(Bytes::from(payload.clone())).await?;
+    }
     let message = bare::message(payload).ok_or_else(|| Failure("an id is nil".to_owned()))?;
     let id = message.id;
     let prepared = store.prepare(vec![message], bare::FIRST_CHECK).await;
     bare::accepted(&prepared.map_err(Failure::of("prepare"))?)?;
     go.await.map_err(Failure::of("wait for a confirm's time"))?;
+    if let Some(caller) = &mut caller {
+        caller.call(Bytes::new()).await?;
+    }
     let confirm = Decision {
         id,
         event: MessageEvent::Confirm,

@@ -67,6 +67,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
             ("prepare", measured.prepared),
             ("confirm", measured.confirmed),
             ("bare pipeline", measured.bare),
+            ("bare pipeline behind calls", measured.behind_calls),
             ("RabbitMQ alone", measured.rabbitmq_alone),
         ] {
             for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
@@ -124,6 +125,8 @@ struct Round {
     confirmed: Vec<f64>,
     /// From each confirm's time to the handler, without the service.
     bare: Vec<f64>,
+    /// The same behind calls to a service that does nothing.
+    behind_calls: Vec<f64>,
     /// From each message's time to a consumer, without a database.
     rabbitmq_alone: Vec<f64>,
 }
@@ -199,7 +202,8 @@ async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
     running.stop().await?;
     place.remove(servers, &all).await?;
     let payload = args.options.payload as usize;
-    let bare = bare_latency::run(servers, count, rate, payload).await?;
+    let bare = bare_latency::run(servers, count, rate, payload, false).await?;
+    let behind_calls = bare_latency::run(servers, count, rate, payload, true).await?;
     let rabbitmq_alone = rabbitmq_alone::run(servers, count, rate, payload).await?;
     let late = |times: &[AtomicU64], ahead: Duration| {
         let late = |(number, time): (usize, &AtomicU64)| {
@@ -214,6 +218,7 @@ async fn one_round(servers: &Servers, args: &Args) -> Result<Round, Failure> {
         prepared: late(&prepared, AHEAD),
         confirmed: late(&confirmed, Duration::ZERO),
         bare,
+        behind_calls,
         rabbitmq_alone,
     })
 }

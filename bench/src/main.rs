@@ -12,6 +12,7 @@ mod drain;
 mod embedded;
 mod fanout;
 mod fill;
+mod front;
 mod handfast;
 mod idle;
 mod latency;
