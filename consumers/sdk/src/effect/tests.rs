@@ -139,9 +139,12 @@ async fn a_connection_is_kept_for_the_next_transaction_and_goes_back_when_none_c
         assert_eq!(effects.apply(&[message(id)]).await.consumed, 1);
         assert_eq!(taken(&pool), 1, "it is kept");
     }
-    while effects.connections.tidy() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let unused = async {
+        while effects.connections.tidy() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, unused).await.unwrap();
     until_all_are_back(&pool).await;
 }
 
